@@ -20,7 +20,10 @@ import json
 import os
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
 
 def center_crop(image, size):
     """ADM's centre crop of a PIL image to size x size: box-halve while the short side >= 2 * size, bicubic to size, crop."""
@@ -282,6 +286,7 @@ class ResumableArray:
     """
 
     def __init__(self, path, shape, dtype, settings, rank=0):
+        self.dtype = dtype
         self.path, self.partial, self.progress, self.settings = (
             Path(f"{path}{end}") for end in ("", ".partial", ".progress", ".settings"))
         if rank == 0:
@@ -306,7 +311,7 @@ class ResumableArray:
     def write(self, rows, values):
         """Store the values of a range of rows, and mark the rows done once the disk has them."""
         array = np.load(self.partial, mmap_mode="r")
-        write_at(self.partial, array.offset + rows.start * array[0].nbytes, values.astype(array.dtype).tobytes())
+        write_at(self.partial, array.offset + rows.start * array[0].nbytes, np.asarray(values, array.dtype).tobytes())
         write_at(self.progress, rows.start, b"\1" * len(rows))
 
     def finish(self):
@@ -331,6 +336,61 @@ def write_at(path, offset, data):
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class BackgroundWriter:
+    """A thread that stores results, in order, while the caller computes the next ones.
+
+    Leaving the `with` block waits until all is stored; what goes wrong in the thread is raised in the caller.
+    """
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), deque()
+
+    def put(self, store, rows, values):
+        """Have store(rows, values) called, values a tensor here and a numpy array there, once the device has computed them."""
+        while len(self.pending) >= 2:  # bounds the memory, and how far the caller runs ahead of the device
+            self.pending.popleft().result()
+        ready = torch.cuda.Event(blocking=True) if values.is_cuda else None
+        values = values.to("cpu", non_blocking=values.is_cuda)  # from CUDA into pinned memory, without waiting for it
+        if ready:
+            ready.record()
+        self.pending.append(self.thread.submit(self.store, store, rows, values, ready))
+
+    def store(self, store, rows, values, ready):
+        if ready:
+            ready.synchronize()
+        store(rows, values.numpy())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()  # waits: what is computed is kept even if the caller failed
+        while self.pending and error[0] is None:
+            self.pending.popleft().result()
+
+
+def encode_files(vae, batches, moments, files, device):
+    """Encode the batches of ImageFiles into the array `moments`; returns what is wrong with the files that do not decode."""
+    bad, store = [], partial(store_moments, moments, files)
+    with BackgroundWriter() as writer:
+        for rows, images, errors in batches:
+            bad += filter(None, errors)
+            values = encode(vae, images.to(device, non_blocking=True))
+            if not any(errors):
+                writer.put(store, range(int(rows[0]), int(rows[-1]) + 1), values)
+    return bad
+
+
+def store_moments(moments, files, rows, values):
+    """Write float32 values (B, 2C, H, W) to their rows, unless the stored type cannot hold them."""
+    with np.errstate(over="ignore"):
+        values = values.astype(moments.dtype)
+    if not np.isfinite(values).all():
+        fail(f"the VAE gives latents that {moments.dtype} cannot hold for a file from {files[rows[0]]} to {files[rows[-1]]}; "
+             "try --dtype float32")
+    moments.write(rows, values)
 
 
 def parse_args():
@@ -377,17 +437,8 @@ def main():
     batches = moments.batches(args.batch_size, rank, world_size)
     loader = DataLoader(ImageFiles(args.images, files, args.image_size), batch_sampler=batches,
                         num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    bad = []
-    for rows, images, errors in tqdm(loader, desc=f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0):
-        bad += filter(None, errors)
-        values = encode(vae, images.to(device, non_blocking=True)).cpu().numpy()
-        with np.errstate(over="ignore"):
-            values = values.astype(args.dtype)
-        if not np.isfinite(values).all():
-            fail(f"the VAE gives latents that {args.dtype} cannot hold for a file from {files[rows[0]]} to {files[rows[-1]]}; "
-                 "try --dtype float32")
-        if not any(errors):
-            moments.write(range(int(rows[0]), int(rows[-1]) + 1), values)
+    progress = tqdm(loader, desc=f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
+    bad = encode_files(vae, progress, moments, files, device)
     if world_size > 1:
         everyones = [None] * world_size
         dist.all_gather_object(everyones, bad)

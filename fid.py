@@ -16,6 +16,8 @@ import hashlib
 import os
 import sys
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -411,8 +413,11 @@ def extract(network, space, images, keep, args, rank, world_size, device):
     totals = {name: torch.zeros(widths[name], dtype=torch.float64, device=where) for name in STATISTICS if name in widths}
     products = {name: torch.outer(total, total) for name, total in totals.items()}  # sums of x and of x x^T
     batches = [range(i, min(i + args.batch_size, len(images))) for i in range(0, len(images), args.batch_size)][rank::world_size]
-    loader = DataLoader(images, batch_size=None, sampler=batches, num_workers=args.num_workers if images.files else 0)
-    progress = tqdm(loader, desc=f"{images.path.name}, {world_size} process(es)", unit="batch", disable=rank > 0)
+    if images.files:
+        loader = DataLoader(images, batch_size=None, sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    else:
+        loader = read_ahead(images, batches)
+    progress = tqdm(loader, total=len(batches), desc=f"{images.path.name}, {world_size} process(es)", unit="batch", disable=rank > 0)
     for batch, rows in zip(progress, batches):
         outputs = apply(network, batch, device)
         for name in totals:
@@ -437,12 +442,24 @@ def extract(network, space, images, keep, args, rank, world_size, device):
     return found
 
 
+def read_ahead(images, batches):
+    """images[rows] for each of the batches, read in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque()
+        for rows in batches:
+            coming.append(thread.submit(images.__getitem__, rows))
+            if len(coming) > 2:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
 def apply(network, batch, device):
     """What the network gives for a batch of images, by name."""
     if isinstance(batch, str):
         fail(batch)
     try:
-        outputs = network(batch.to(device))
+        outputs = network(batch.to(device, non_blocking=True))
     except Exception as error:  # a detector may raise anything
         fail(f"the network cannot take {len(batch)} images of {batch.shape[2]}x{batch.shape[3]} pixels: {reason(error)}")
     return {name: x for name, x in zip(("features", "spatial", "probabilities"), outputs) if x is not None}

@@ -284,7 +284,8 @@ def draw_grid(ema, vae, data, args, path):
     classes = np.linspace(0, data["num_classes"] - 1, min(data["num_classes"], 10)).astype(int)
     y = np.repeat(classes, 4)
     options = {"mode": "ode", "num_steps": 50, "cfg_scale": 4.0}
-    save_grid(sample_images(ema, vae, data, range(len(y)), y, args.seed, args.precision, **options), 4, path)
+    images = sample_images(ema, vae, data, range(len(y)), y, args.seed, args.precision, **options)
+    save_grid(images.cpu().numpy(), 4, path)
 
 
 def prepare(args):

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 
 import extract_latents
 from conftest import ROOT, cli, message, process
-from extract_latents import center_crop, decode, encode, latent_normalization, list_images, load_image
+from extract_latents import BackgroundWriter, center_crop, decode, encode, latent_normalization, list_images, load_image
 
 
 def flags(images, vae, out, **others):
@@ -433,6 +434,46 @@ def test_processes_share_the_batches(tmp_path):
     again.finish()
     expected = np.repeat([0, 1, 8, 12, 16], 4)
     assert_array_equal(np.load(tmp_path / "a.npy"), np.stack([expected, expected], axis=1))
+
+
+def test_background_writer():
+    """Everything arrives whole and in order, the caller runs at most two ahead, and leaving waits for the rest."""
+    gate, stored = threading.Event(), []
+
+    def store(rows, values):
+        gate.wait(30)
+        stored.append((rows, values))
+
+    with BackgroundWriter() as writer:
+        writer.put(store, 0, torch.zeros(2))
+        writer.put(store, 1, torch.ones(2))
+        third = threading.Thread(target=writer.put, args=(store, 2, torch.full((2,), 2.0)))
+        third.start()
+        third.join(0.2)
+        assert third.is_alive() and not stored  # the caller did not wait for the first two, but does for its third
+        gate.set()
+        third.join(30)
+    assert [rows for rows, _ in stored] == [0, 1, 2]
+    assert all((values == rows).all() and isinstance(values, np.ndarray) for rows, values in stored)
+
+
+@pytest.mark.parametrize("puts", [1, 5])
+def test_what_fails_in_the_background_is_raised(puts):
+    stored = []
+
+    def store(rows, values):
+        if rows == 0:
+            raise OSError(28, "No space left on device")
+        stored.append(rows)
+
+    with pytest.raises(OSError, match="No space"), BackgroundWriter() as writer:
+        for i in range(puts):
+            writer.put(store, i, torch.zeros(1))
+    with pytest.raises(ZeroDivisionError), BackgroundWriter() as writer:  # the caller's own error, once all is stored
+        stored.clear()
+        writer.put(store, 7, torch.zeros(1))
+        1 / 0
+    assert stored == [7]
 
 
 def test_two_processes_write_the_same_bytes(capsys, images, vae, tmp_path, one_thread):

@@ -4,6 +4,7 @@ continue and that no batch size or number of processes changes, published checkp
 import argparse
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import models
 import sample
 from conftest import ROOT, cli, message, process
 from extract_latents import load_vae
@@ -236,7 +238,7 @@ def tiny(vae, weights, tmp_path_factory):
 
 def draw_rows(ckpt, vae, rows, y, seed=0, **options):
     model, settings = load_model(ckpt)
-    return sample_images(model, load_vae(str(vae)), settings["data"], rows, y, seed, "fp32", num_steps=4, **options)
+    return sample_images(model, load_vae(str(vae)), settings["data"], rows, y, seed, "fp32", num_steps=4, **options).numpy()
 
 
 def close(a, b):
@@ -353,6 +355,41 @@ def test_seed_changes_images_and_labels(capsys, ten, tiny, vae, tmp_path):
     assert (distances > 3).all()  # no image is any of the others
     assert random_labels(0, 10) != random_labels(1, 10)
     assert close(other, draw_rows(tiny, vae, range(10), random_labels(1, 10), seed=1))
+
+
+def test_bf16_weights_change_no_bit(tiny):
+    """Kept in bf16 once, or rounded by autocast in every call: the same latents."""
+    model, y = load_model(tiny)[0], torch.tensor([0, 3])
+    latents = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(sample_sde(model, draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2)))
+        sample.to_bf16(model)
+    assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16 and latents[0].dtype == torch.float32
+    assert torch.equal(*latents)
+    exact = sample_sde(load_model(tiny)[0], draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2))
+    assert 0 < (latents[0] - exact).norm() / exact.norm() < 0.05
+
+
+def test_bf16_on_the_command_line(capsys, ten, tiny, vae, tmp_path):
+    rounded = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", "--num-samples", 10, "--precision", "bf16"))
+    distance = np.abs(rounded.astype(int) - read_npz(ten)).mean()
+    assert 0 < distance < 3, distance  # grey levels
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_samples_are_the_same(capsys, ten, tiny, tmp_path, monkeypatch):
+    """And the short batch at the end does not make torch compile for its size: only 4 and, with guidance, 8."""
+    sizes, compiled = [], []
+    forward, block = models.SiT.forward, models.SiTBlock.compile
+    monkeypatch.setattr(models.SiT, "forward", lambda self, x, t, y: sizes.append(len(x)) or forward(self, x, t, y))
+    monkeypatch.setattr(models.SiTBlock, "compile", lambda self, **how: compiled.append(how) or block(self, **how))
+    flags = ("--num-samples", 10, "--batch-size", 4, "--cfg-scale", 2, "--guidance-interval", 0, 0.5)
+    images = read_npz(run_sample(capsys, tiny, tmp_path / "compiled.npz", *flags, "--compile"))
+    assert set(sizes) == {4, 8} and compiled == [{"dynamic": False}] * 6
+    eager = read_npz(run_sample(capsys, tiny, tmp_path / "eager.npz", *flags, "--no-compile"))
+    assert set(sizes) == {2, 4, 8} and len(compiled) == 6
+    assert close(images, eager) and not close(images, read_npz(ten))
 
 
 def test_class_balanced(capsys, tiny, vae, tmp_path):
@@ -584,7 +621,7 @@ def test_published_checkpoints(capsys, small, vae, tmp_path, form):
     with torch.no_grad():
         assert torch.equal(loaded(x, t, y), small(x, t, y))
     images = read_npz(run_sample(capsys, ckpt, tmp_path / "a.npz", "--vae", vae, "--classes", 6, "--per-class", 2))
-    assert close(images, sample_images(small, load_vae(str(vae)), data, [0, 1], [6, 6], 0, "fp32", num_steps=4))
+    assert close(images, sample_images(small, load_vae(str(vae)), data, [0, 1], [6, 6], 0, "fp32", num_steps=4).numpy())
     assert "0 to 6" in refused(capsys, "--ckpt", ckpt, "--vae", vae, "--classes", 7)
 
 

@@ -469,7 +469,7 @@ def test_sample_grid_is_drawn_by_the_ema(capsys, latents, vae, tmp_path):
         model = built(settings).eval()
         model.load_state_dict(checkpoint[weights])
         images = sample.sample_images(model, train.load_vae(str(vae)), settings["data"], range(12),
-                                      np.repeat([0, 1, 2], 4), 0, "fp32", mode="ode", num_steps=50, cfg_scale=4.0)
+                                      np.repeat([0, 1, 2], 4), 0, "fp32", mode="ode", num_steps=50, cfg_scale=4.0).numpy()
         grids[weights] = images.reshape(3, 4, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(drawn.shape).astype(int)
     assert np.abs(grids["ema"] - drawn).max() <= 1  # one thread rounds unlike two
     assert np.abs(grids["model"] - drawn).max() > 20
