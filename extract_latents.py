@@ -152,12 +152,12 @@ def reason(error):
     return (lines or [type(error).__name__])[0][:300]
 
 
-def fail(message):
-    """Print one sentence on stderr and exit with status 2."""
+def fail(message, status=2):
+    """Print one sentence on stderr and exit."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(10)  # under torchrun the first process speaks for all: once it has failed, torchrun ends the others
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears the line of a progress bar first
-    sys.exit(2)
+    sys.exit(status)
 
 
 def run(main):
@@ -166,6 +166,8 @@ def run(main):
         main()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
 
 
 class Parser(argparse.ArgumentParser):

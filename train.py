@@ -15,7 +15,9 @@ import copy
 import json
 import os
 import resource
+import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +183,41 @@ def load_data(folder):
     return data
 
 
+TIMEOUT = timedelta(minutes=15)  # how long processes wait for one that hangs; torchrun ends those that one that dies leaves
 NEVER = 2**62  # the step of a loss that was always finite
+signals = []  # those that asked this process to stop: Slurm's before preemption, Ctrl-C
+
+
+def note_signal(number, frame):
+    signals.append(signal.Signals(number).name)
+
+
+def listen_for_signals():
+    signals.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note_signal)
+
+
+def leave_signals_to_the_parent(worker):
+    """For the processes that read latents: a signal sent to all of a job must not end them while training finishes a step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def any_signal(group):
+    """Whether a signal has reached any of the processes: the same answer on all of them, and no look at the GPU."""
+    noted = torch.tensor(len(signals))
+    if group:
+        dist.all_reduce(noted, dist.ReduceOp.MAX, group)
+    return noted > 0
+
+
+def check_same_start(start, group):
+    """Fail if the processes do not resume from the same step: machines that do not see one folder would mix two runs."""
+    starts = [None] * dist.get_world_size()
+    dist.all_gather_object(starts, start, group)
+    if len(set(starts)) > 1:
+        fail(f"the processes resume from different steps, {starts}: all machines must see the same --run-dir; try again once they do")
 
 
 def check_finite(bad_step):
@@ -193,7 +229,7 @@ def check_finite(bad_step):
              "latents, or resume with a lower --lr in another --run-dir")
 
 
-def log_line(step, totals, steps, batch_size, seconds):
+def log_line(step, totals, largest_norm, steps, batch_size, seconds):
     """A line of log.jsonl: means over the last `steps` steps of all processes, losses unweighted; GiB on the GPU, or in RAM."""
     if dist.is_initialized():
         dist.all_reduce(totals)
@@ -203,7 +239,8 @@ def log_line(step, totals, steps, batch_size, seconds):
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"step": step, "denoising": denoising, "alignment": alignment, "grad_norm": grad_norm,
+    return {"step": step, "denoising": denoising, "alignment": alignment,
+            "grad_norm": grad_norm, "grad_norm_max": largest_norm.item(),  # a spike that was clipped shows in the second
             "images_per_s": steps * batch_size / seconds, "memory_gib": memory}
 
 
@@ -233,6 +270,8 @@ def parse_args():
     add("--run-dir", help="folder to write, or to resume in (default: runs/, then the settings that matter)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints; the last step has one too")
+    add("--keep", type=positive_int, help="keep only this many of them (default: all)")
+    add("--newest-every", type=natural, default=10_000, help="steps between rewrites of checkpoints/newest.pt, to resume from")
     add("--sample-every", type=natural, default=10_000, help="steps between sample grids; 0 draws none")
     args = parser.parse_args()
 
@@ -273,8 +312,8 @@ def default_run_dir(args, parser):
 
 def comparable(settings):
     """The settings that a run may not change when it resumes, flat."""
-    free = ("run_dir", "micro_batch", "max_steps", "compile", "num_workers", "log_every", "ckpt_every", "sample_every",
-            "data")
+    free = ("run_dir", "micro_batch", "max_steps", "compile", "num_workers", "log_every", "ckpt_every", "keep",
+            "newest_every", "sample_every", "data")
     own = {key: value for key, value in settings.items() if key not in free}
     return {**own, **{f"data {key}": value for key, value in settings["data"].items()}}
 
@@ -288,9 +327,35 @@ def draw_grid(ema, vae, data, args, path):
     save_grid(images.cpu().numpy(), 4, path)
 
 
+def numbered(folder):
+    """The checkpoints that --ckpt-every left, in order of their steps."""
+    return sorted((path for path in folder.glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
+
+
+def newest_checkpoint(folder):
+    """(path, contents) of the checkpoint with the most steps, or (None, None); fails if it is damaged."""
+    found = []
+    for path in [*numbered(folder)[-1:], *folder.glob("newest.pt")]:
+        checkpoint = load_checkpoint(path)
+        if not {"model", "ema", "opt", "step", "settings"} <= set(checkpoint):
+            fail(f"{path} is no checkpoint of train.py; remove it")
+        found.append((path, checkpoint))
+    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
+
+
+def save_checkpoint(folder, checkpoint, rolling, keep):
+    """Write STEP.pt, or newest.pt if rolling; only once that is safely on disk, remove what it makes superfluous."""
+    with whole_file(folder / ("newest.pt" if rolling else f"{checkpoint['step']:07d}.pt")) as file:
+        torch.save(checkpoint, file)  # tensors, numbers and dicts: loads weights-only
+    if not rolling:
+        superfluous = numbered(folder)[:-keep] if keep else []
+        for path in [folder / "newest.pt", *superfluous]:
+            path.unlink(missing_ok=True)
+
+
 def prepare(args):
     """Every check, before the GPU is touched: (settings, checkpoint to resume or None, VAE for the sample grids or None)."""
-    data, run_dir, checkpoint, vae = load_data(args.data), Path(args.run_dir), None, None
+    data, run_dir, vae = load_data(args.data), Path(args.run_dir), None
     settings = {**vars(args), "data": data}
     try:
         with torch.device("meta"):
@@ -300,13 +365,9 @@ def prepare(args):
     if (run_dir / "settings.json").exists():
         there = read_json(run_dir / "settings.json")
         check_same_settings(run_dir, comparable(there), comparable(settings))
-    saved = [path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit()]
-    if saved:
-        newest = max(saved, key=lambda path: int(path.stem))
-        checkpoint = load_checkpoint(newest)
-        if not {"model", "ema", "opt", "step", "settings"} <= set(checkpoint):
-            fail(f"{newest} is no checkpoint of train.py; remove it")
-        check_same_settings(newest, comparable(checkpoint["settings"]), comparable(settings))
+    path, checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint:
+        check_same_settings(path, comparable(checkpoint["settings"]), comparable(settings))
     if int(os.environ.get("RANK", 0)) == 0:
         vae = load_vae(data["vae"]) if 0 < args.sample_every <= args.max_steps else None
         lock(run_dir / "lock", run_dir)
@@ -334,7 +395,7 @@ def main():
     settings, checkpoint, vae = prepare(args)
     data, run_dir = settings["data"], Path(args.run_dir)
 
-    rank, world_size, device = init_distributed()
+    rank, world_size, device = init_distributed(timeout=TIMEOUT)
     raw_model, ema, optimizer = build_training(settings, device)
     start = 0
     if checkpoint:
@@ -343,9 +404,11 @@ def main():
         optimizer.load_state_dict(checkpoint["opt"])
         start = checkpoint["step"]
         del checkpoint
-    model = raw_model
+    model, group = raw_model, None
     if world_size > 1:
         model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        check_same_start(start, group)
     if rank == 0:
         vae = vae and vae.to(device)
         millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
@@ -356,9 +419,11 @@ def main():
     shift, scale = (per_channel(data[key], torch.empty(0, device=device)) for key in ("shift", "scale"))
     order = StepBatches(data["count"], args.batch_size, args.seed, start, args.max_steps, rank, world_size)
     batches = iter(DataLoader(Latents(args.data), batch_sampler=order, num_workers=args.num_workers,
-                              pin_memory=device.type == "cuda"))
+                              pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_parent))
     bad_step = torch.full((), NEVER, device=device)  # first step whose loss or gradient is not finite
-    totals, since, clock = torch.zeros(3, device=device), start, time.perf_counter()
+    totals, largest_norm = torch.zeros(3, device=device), torch.zeros((), device=device)
+    done, since, clock = start, start, time.perf_counter()
+    listen_for_signals()
     progress = tqdm(range(start, args.max_steps), desc="training", initial=start, total=args.max_steps, disable=rank > 0)
     for step in progress:
         moments, y = (values.to(device, non_blocking=True) for values in next(batches))
@@ -368,32 +433,36 @@ def main():
         y = torch.where(drop, data["num_classes"], y)
         losses, grad_norm = training_step(model, raw_model, ema, optimizer, x, y, t, noise, align, args)
         totals += torch.cat([losses, grad_norm.view(1)])
+        largest_norm = torch.maximum(largest_norm, grad_norm)
         bad_step = torch.minimum(bad_step, torch.where(totals.sum().isfinite(), NEVER, step + 1))
 
-        done = step + 1
-        log, save, draw = (every and done % every == 0 for every in (args.log_every, args.ckpt_every, args.sample_every))
-        save = save or done == args.max_steps
-        if log or save or draw:
+        done, stop = step + 1, any_signal(group)
+        log, keep, roll, draw = (every and done % every == 0 for every in
+                                 (args.log_every, args.ckpt_every, args.newest_every, args.sample_every))
+        keep = keep or done == args.max_steps
+        if log or keep or roll or draw or stop:
             check_finite(bad_step)  # synchronises with the GPU
         if log:
-            line = log_line(done, totals, done - since, args.batch_size, time.perf_counter() - clock)
+            line = log_line(done, totals, largest_norm, done - since, args.batch_size, time.perf_counter() - clock)
             if rank == 0:
                 with open(run_dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in ("denoising", "alignment", "images_per_s")})
-            totals, since, clock = torch.zeros_like(totals), done, time.perf_counter()
-        if rank == 0 and (save or draw):
-            paused = time.perf_counter()
-            if save:
-                with whole_file(run_dir / "checkpoints" / f"{done:07d}.pt") as file:  # loads weights-only
-                    torch.save({"model": raw_model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                                "step": done, "settings": settings}, file)
-            if draw:
-                draw_grid(ema, vae, data, args, run_dir / "samples" / f"{done:07d}.png")
-            clock += time.perf_counter() - paused
+            totals, largest_norm = torch.zeros_like(totals), torch.zeros_like(largest_norm)
+            since, clock = done, time.perf_counter()
+        paused = time.perf_counter()
+        if rank == 0 and (keep or roll or stop):
+            save_checkpoint(run_dir / "checkpoints", {"model": raw_model.state_dict(), "ema": ema.state_dict(),
+                            "opt": optimizer.state_dict(), "step": done, "settings": settings}, not keep, args.keep)
+        if rank == 0 and draw:
+            draw_grid(ema, vae, data, args, run_dir / "samples" / f"{done:07d}.png")
+        clock += time.perf_counter() - paused
+        if stop:
+            break
     barrier()
     if rank == 0:
-        print(f"{run_dir}: done at step {args.max_steps}")
+        stopped = f", stopped by {' '.join(signals) or 'a signal'}; the same command goes on" if done < args.max_steps else ""
+        print(f"{run_dir}: done at step {done}{stopped}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import extract_latents  # noqa: E402  (found only now)
 def cli(capsys, script, *args):
     """Run a script's main() in this process with the given flags: (exit status, stdout, stderr)."""
     argv, sys.argv = sys.argv, [f"{script}.py", *map(str, args)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     capsys.readouterr()
     try:
         extract_latents.run(importlib.import_module(script).main)
@@ -29,6 +31,8 @@ def cli(capsys, script, *args):
         status = stop.code
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return status, *capsys.readouterr()
 
 

@@ -380,8 +380,9 @@ def test_log_lines_are_means_over_their_interval(capsys, data, tmp_path):
     for i, line in enumerate(third):
         for key in ("denoising", "alignment", "grad_norm"):
             assert line[key] == pytest.approx(np.mean([each[key] for each in every[3 * i : 3 * i + 3]]), rel=1e-4)
+        assert line["grad_norm_max"] == pytest.approx(max(each["grad_norm"] for each in every[3 * i : 3 * i + 3]), rel=1e-4)
     for line in every + third:
-        assert list(line) == ["step", "denoising", "alignment", "grad_norm", "images_per_s", "memory_gib"]
+        assert list(line) == ["step", "denoising", "alignment", "grad_norm", "grad_norm_max", "images_per_s", "memory_gib"]
         assert 0 < line["images_per_s"] < 1e5 and 0.05 < line["memory_gib"] < 100
 
 
