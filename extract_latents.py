@@ -4,8 +4,10 @@
 
 Writes to --out (default data/latents):
 
-    moments.npy    (N, 2C, H, W)  posterior mean and std of every image, raw (before shift and scale), float16
+    moments.npy    (N, 2C, H, W)  posterior mean and std of every image, raw (before shift and scale), float16;
+                                  with --flip (2N, 2C, H, W): those of the mirrored images follow
     labels.npy     (N,)           int64, the index of the image's class folder in sorted order
+    images.npy     (N, S, S, 3)   with --store-images: the cropped images, uint8, for REPA's encoder
     latents.json   VAE, shift, scale, sizes, class names, origin; written last: where it is, the set is whole
 
 train.py draws z ~ N(mean, std) anew every step and trains on x = (z - shift) * scale. Killed, the same command continues.
@@ -76,20 +78,25 @@ def list_images(root):
 
 
 class ImageFiles(Dataset):
-    """Item i: (row i, uint8 (3, size, size), ""), or (row i, zeros, what is wrong) for a file that does not decode."""
+    """Item i: (row i, uint8 (3, size, size), ""), or (row i, zeros, what is wrong) for a file that does not decode.
 
-    def __init__(self, root, files, size):
-        self.root, self.files, self.size = root, files, size
+    flip: the mirrored images follow as the second half.
+    """
+
+    def __init__(self, root, files, size, flip=False):
+        self.root, self.files, self.size, self.flip = root, files, size, flip
 
     def __len__(self):
-        return len(self.files)
+        return len(self.files) * (2 if self.flip else 1)
 
     def __getitem__(self, i):
-        path = os.path.join(self.root, self.files[i])
+        mirrored, file = divmod(i, len(self.files))
+        path = os.path.join(self.root, self.files[file])
         try:
-            return i, torch.from_numpy(load_image(path, self.size)).permute(2, 0, 1).contiguous(), ""
+            image = torch.from_numpy(load_image(path, self.size)).permute(2, 0, 1)
         except Exception as error:  # PIL raises many kinds; one bad file must not stop a million good ones
             return i, torch.zeros(3, self.size, self.size, dtype=torch.uint8), f"{path} ({error})"
+        return i, (image.flip(2) if mirrored else image).contiguous(), ""
 
 
 def load_vae(name):
@@ -112,15 +119,43 @@ def load_vae(name):
     return vae.float().eval().requires_grad_(False)
 
 
+SD_SCALE = 0.18215  # diffusers writes Stable Diffusion's into every config that names no other
+
+
 def latent_normalization(config):
-    """(shift, scale) of a diffusers config, each a float or a list with one per channel: x = (z - shift) * scale."""
+    """(shift, scale) of a diffusers config, each a float or a list with one per channel: x = (z - shift) * scale.
+
+    (None, None) where the config gives no scale that can be meant, SD_SCALE for other than 4 channels among them.
+    """
     config = dict(config)
-    mean, std, factor = config.get("latents_mean"), config.get("latents_std"), config.get("scaling_factor")
-    shift = np.ravel(mean).tolist() if mean is not None else config.get("shift_factor") or 0.0
-    scale = (1 / np.ravel(std)).tolist() if std is not None else factor
-    if scale is None:
-        fail("the VAE's config has neither latents_std nor scaling_factor to normalise its latents; add one to config.json")
-    return shift, scale
+    mean, std, shift, factor = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"))
+    channels = config.get("latent_channels")
+    for a, b in (("latents_std", "scaling_factor"), ("latents_mean", "shift_factor")):
+        if config.get(a) is not None and config.get(b) not in (None, 0, 1, SD_SCALE):
+            fail(f"the VAE's config has both {a} and a {b} of {config[b]}: keep the one that is meant in its config.json")
+        if config.get(a) is not None and np.size(config[a]) not in (1, channels or np.size(config[a])):
+            fail(f"the VAE's config has {np.size(config[a])} values of {a} for {channels} channels; correct its config.json")
+    if std is not None:
+        scale = (1 / np.ravel(std)).tolist()
+    else:
+        scale = None if factor == SD_SCALE and channels not in (None, 4) else factor
+    if scale is None or not np.isfinite(scale).all() or np.min(scale) <= 0:
+        return None, None
+    return np.ravel(mean).tolist() if mean is not None else shift or 0.0, scale
+
+
+def measure_normalization(path):
+    """(shift, scale), lists with one per channel, that give x = (z - shift) * scale mean 0 and std 1 over stored moments."""
+    moments = np.load(path, mmap_mode="r")
+    sums = np.zeros((2, moments.shape[1] // 2))
+    for first in tqdm(range(0, len(moments), 1024), desc="measuring mean and std", unit="batch"):
+        mean, std = np.split(moments[first : first + 1024].astype(np.float64), 2, axis=1)
+        sums += mean.sum((0, 2, 3)), (mean**2 + std**2).sum((0, 2, 3))  # z ~ N(mean, std)
+    mean, square = sums / (len(moments) * moments[0, 0].size)
+    variance = square - mean**2
+    if not (variance > 1e-12 * square).all():
+        fail(f"channel {int(np.argmin(variance))} of the latents is constant and cannot be normalised: is this VAE trained?")
+    return mean.tolist(), (variance**-0.5).tolist()
 
 
 @torch.no_grad()
@@ -373,26 +408,33 @@ class BackgroundWriter:
             self.pending.popleft().result()
 
 
-def encode_files(vae, batches, moments, files, device):
-    """Encode the batches of ImageFiles into the array `moments`; returns what is wrong with the files that do not decode."""
-    bad, store = [], partial(store_moments, moments, files)
+def encode_files(vae, batches, moments, files, device, stored=None):
+    """Encode the batches of ImageFiles into the array `moments`, and put the images themselves into `stored` if it is given.
+
+    Returns what is wrong with the files that do not decode.
+    """
+    bad = []
     with BackgroundWriter() as writer:
         for rows, images, errors in batches:
             bad += filter(None, errors)
             values = encode(vae, images.to(device, non_blocking=True))
             if not any(errors):
+                store = partial(store_batch, moments, stored, files, images if stored else None)
                 writer.put(store, range(int(rows[0]), int(rows[-1]) + 1), values)
     return bad
 
 
-def store_moments(moments, files, rows, values):
-    """Write float32 values (B, 2C, H, W) to their rows, unless the stored type cannot hold them."""
+def store_batch(moments, stored, files, images, rows, values):
+    """Write float32 values (B, 2C, H, W) to their rows, unless the stored type cannot hold them, and images (B, 3, S, S)."""
     with np.errstate(over="ignore"):
         values = values.astype(moments.dtype)
     if not np.isfinite(values).all():
-        fail(f"the VAE gives latents that {moments.dtype} cannot hold for a file from {files[rows[0]]} to {files[rows[-1]]}; "
-             "try --dtype float32")
-    moments.write(rows, values)
+        first, last = (files[row % len(files)] for row in (rows[0], rows[-1]))
+        fail(f"the VAE gives latents that {moments.dtype} cannot hold for a file from {first} to {last}; try --dtype float32")
+    upright = range(rows.start, min(rows.stop, len(files)))  # the mirrored half needs no images
+    if stored and upright:
+        stored.write(upright, images[: len(upright)].permute(0, 2, 3, 1).numpy())
+    moments.write(rows, values)  # last: a row counts as done once its moments are
 
 
 def parse_args():
@@ -401,6 +443,8 @@ def parse_args():
     parser.add_argument("--out", default="data/latents", help="folder to write")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="diffusers autoencoder: hub name or local folder")
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the centre crop in pixels")
+    parser.add_argument("--flip", action="store_true", help="store the mirrored images' moments too; training then draws one of both")
+    parser.add_argument("--store-images", action="store_true", help="keep the cropped images too, which train.py --repa-depth needs")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the stored moments")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     parser.add_argument("--num-workers", type=natural, default=8, help="processes per GPU that decode and crop images")
@@ -413,11 +457,12 @@ def main():
     out, listing = Path(args.out), hashlib.sha256(os.fsencode("\n".join(files))).hexdigest()
     vae_name = str(Path(args.vae).resolve()) if Path(args.vae).is_dir() else args.vae
     settings = {"vae": vae_name, "image_size": args.image_size, "dtype": args.dtype, "count": len(files),
-                "files_sha256": listing}
+                "files_sha256": listing, "flip": args.flip, "store_images": args.store_images}
     if (out / "latents.json").exists():
-        there = read_json(out / "latents.json")
+        there = {"flip": False, "store_images": False, **read_json(out / "latents.json")}
         check_same_settings(out, {key: there.get(key) for key in settings}, settings)
-        clean_up(out / "moments.npy")  # of a command killed as it was doing so
+        for name in ("moments.npy", "images.npy"):
+            clean_up(out / name)  # of a command killed as it was doing so
         print(f"{out} is complete already: {len(files)} images")
         return
 
@@ -427,20 +472,22 @@ def main():
     vae.to(device)
     try:
         latent = encode(vae, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
-        side = decode(vae, latent.chunk(2, dim=1)[0], shift, scale).shape[1]
+        side = decode(vae, latent.chunk(2, dim=1)[0], shift or 0.0, scale or 1.0).shape[1]
     except (RuntimeError, ValueError, TypeError) as error:
         fail(f"the VAE cannot encode images of --image-size {args.image_size}: {reason(error)}")
     if side != args.image_size:
         fail(f"the VAE makes images of {side} pixels out of those of --image-size {args.image_size}: take a multiple of what "
              "one latent pixel covers")
-    latent_shape = latent.shape[1:]
+    channels, height, width = latent.shape[1] // 2, *latent.shape[2:]
 
-    moments = ResumableArray(out / "moments.npy", (len(files), *latent_shape), args.dtype, settings, rank)
+    dataset, stored = ImageFiles(args.images, files, args.image_size, args.flip), None
+    if args.store_images:
+        stored = ResumableArray(out / "images.npy", (len(files), side, side, 3), "uint8", settings, rank)
+    moments = ResumableArray(out / "moments.npy", (len(dataset), *latent.shape[1:]), args.dtype, settings, rank)
     batches = moments.batches(args.batch_size, rank, world_size)
-    loader = DataLoader(ImageFiles(args.images, files, args.image_size), batch_sampler=batches,
-                        num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
     progress = tqdm(loader, desc=f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
-    bad = encode_files(vae, progress, moments, files, device)
+    bad = encode_files(vae, progress, moments, files, device, stored)
     if world_size > 1:
         everyones = [None] * world_size
         dist.all_gather_object(everyones, bad)
@@ -450,14 +497,18 @@ def main():
              "run the same command again, it continues; or remove them, and --out with them)")
 
     if rank == 0:
-        moments.finish()
+        for array in filter(None, (stored, moments)):
+            array.finish()
         with whole_file(out / "labels.npy") as file:
             np.save(file, np.array(labels, np.int64))
-        channels, height, width = latent_shape[0] // 2, *latent_shape[1:]
+        if scale is None:
+            print(f"the config of {vae_name} gives no scale for its latents; they are normalised by their own mean and std")
+            shift, scale = measure_normalization(moments.path)
         origin = {"images": str(Path(args.images).resolve()), "crop": "ADM centre crop", "torch": torch.__version__}
         write_json(out / "latents.json", {**settings, "latent_shape": [channels, height, width], "shift": shift,
                                           "scale": scale, "class_names": classes, "made_with": origin})
-        clean_up(moments.path)
+        for array in filter(None, (stored, moments)):
+            clean_up(array.path)
         print(f"{out}: {len(files)} images of {len(classes)} classes, latents {channels}x{height}x{width}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""SiT with an alignment head: a transformer that predicts the velocity v of a noised latent x_t.
+"""SiT with alignment heads: a transformer that predicts the velocity v of a noised latent x_t. And the encoder that REPA aligns to.
 
 Parameter names are those of SiT and REPA, so that their published weights load. Shapes in comments: B images, N = (H/p)(W/p)
 tokens of width D, C latent channels, patch size p.
@@ -154,22 +154,24 @@ class SiT(nn.Module):
 
     model(x_t, t, y) -> v (B, C, H, W), for latents x_t (B, C, H, W) with H = W = input_size, times t (B,) in [0, 1], 1 is
     noise, and labels y (B,) where y = num_classes is the null class.
-    model(x_t, t, y, return_align=True) -> (v, x): x is the head's prediction of the clean latent, in the latent's shape,
-    or None if there is no head. Raises ValueError for sizes that do not fit together.
+    model(x_t, t, y, return_align=True) -> (v, predictions), a dict that holds for each head there is what it predicts:
+    "vae_repa" the clean latent (B, C, H, W), "repa" the encoder's tokens (B, N, repa_dim), "sra" the teacher's (B, N, D).
+    Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-                 num_classes=1000, vae_repa_depth=0, vae_repa_layers=5):
+                 num_classes=1000, vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not divisible by the patch size {patch_size}")
-        if not 0 <= vae_repa_depth <= depth:
-            raise ValueError(f"alignment depth {vae_repa_depth} is not within the model's {depth} blocks (0 turns it off)")
+        self.align_depths = {"vae_repa": vae_repa_depth, "repa": repa_depth, "sra": sra_depth}
+        for method, at in self.align_depths.items():
+            if not 0 <= at <= depth:
+                raise ValueError(f"{method} depth {at} is not within the model's {depth} blocks (0 turns it off)")
         if vae_repa_layers < 2:
             raise ValueError(f"an alignment head has at least 2 layers, not {vae_repa_layers}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
-        self.vae_repa_depth = vae_repa_depth
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -179,10 +181,18 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
-        if vae_repa_depth:  # made last: with the same seed, the rest starts as plain SiT does
+        if vae_repa_depth:  # heads are made last: with the same seed, the rest starts as plain SiT does
             self.vae_repa_head = AlignHead(hidden_size, patch_size, in_channels, vae_repa_layers)
             init_linears(self.vae_repa_head)
             zero_final_layer(self.vae_repa_head.final_layer)
+        if repa_depth:  # named as in REPA's files
+            self.projectors = nn.ModuleList([nn.Sequential(
+                nn.Linear(hidden_size, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(), nn.Linear(2048, repa_dim))])
+            init_linears(self.projectors)
+        if sra_depth:  # named as in SRA's files
+            self.ap_head = nn.Sequential(
+                nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size))
+            init_linears(self.ap_head)
 
     def initialize_weights(self):
         init_linears(self)
@@ -195,16 +205,37 @@ class SiT(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         zero_final_layer(self.final_layer)
 
+    def embed(self, x_t, t, y):
+        """Tokens (B, N, D) and condition (B, D)."""
+        return self.x_embedder(x_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
     def forward(self, x_t, t, y, return_align=False):
-        h = self.x_embedder(x_t) + self.pos_embed                # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)              # (B, D)
-        x_pred = None
+        h, c = self.embed(x_t, t, y)
+        predictions = {}
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)                                      # (B, N, D)
-            if return_align and depth == self.vae_repa_depth:
-                x_pred = unpatchify(self.vae_repa_head(h, c), self.patch_size, self.in_channels)
+            if return_align:
+                predictions |= self.align(h, c, depth)
         v = unpatchify(self.final_layer(h, c), self.patch_size, self.in_channels)  # (B, C, H, W)
-        return (v, x_pred) if return_align else v
+        return (v, predictions) if return_align else v
+
+    def align(self, h, c, depth):
+        """What the heads on block `depth` predict from its output h (B, N, D)."""
+        predictions = {}
+        if depth == self.align_depths["vae_repa"]:
+            predictions["vae_repa"] = unpatchify(self.vae_repa_head(h, c), self.patch_size, self.in_channels)
+        if depth == self.align_depths["repa"]:
+            predictions["repa"] = self.projectors[0](h)
+        if depth == self.align_depths["sra"]:
+            predictions["sra"] = self.ap_head(h)
+        return predictions
+
+    def block_output(self, x_t, t, y, depth):
+        """The output (B, N, D) of block `depth`; the blocks after it do not run. It is what SRA's teacher gives."""
+        h, c = self.embed(x_t, t, y)
+        for block in self.blocks[:depth]:
+            h = block(h, c)
+        return h
 
 
 def init_linears(module):
@@ -219,9 +250,48 @@ def zero_final_layer(layer):
     nn.init.zeros_(layer.linear.weight)
 
 
+class Encoder(nn.Module):
+    """A DINOv2 as REPA uses it: uint8 images (B, 3, S, S) -> normalised patch tokens (B, N, dim), without gradient.
+
+    network: a DINOv2 of torch.hub, with pos_embed (1, 1 + n, dim), patch_size and forward_features. image_size: S; the network
+    sees 7/8 of it, 224 pixels for 256 and 448 for 512 (arXiv 2410.06940, appendix). Raises ValueError for other networks and sizes.
+    """
+
+    def __init__(self, network, image_size):
+        super().__init__()
+        self.input_size = image_size * 7 // 8
+        if image_size * 7 % 8 or self.input_size % network.patch_size:
+            raise ValueError(f"7/8 of an image of {image_size} pixels does not hold whole patches of {network.patch_size}")
+        self.side = self.input_size // network.patch_size
+        self.dim = network.pos_embed.shape[2]
+        network.pos_embed = nn.Parameter(resample_positions(network.pos_embed.detach(), self.side))
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def preprocess(self, images):
+        """uint8 (B, 3, S, S) -> what the network sees: normalised, then resized by bicubic interpolation without antialias."""
+        x = (images.float() / 255 - self.mean) / self.std
+        return F.interpolate(x, size=(self.input_size, self.input_size), mode="bicubic")
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.network.forward_features(self.preprocess(images))["x_norm_patchtokens"]
+
+
+def resample_positions(pos_embed, side):
+    """Position table (1, 1 + n, D) -> (1, 1 + side * side, D): the class token's kept, the grid's bicubic with antialias."""
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+    old = math.isqrt(grid.shape[1])
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
 # size: depth, width, heads
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 128, 4)}
 SiT_models = {f"SiT-{size}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
               for size, (depth, width, heads) in SIZES.items() for patch in (1, 2, 4, 8)}
-# the block whose output the paper aligns (section 4.2); S and Ti are not in the paper
+# the block whose output the paper aligns (section 4.2), and SRA's student and teacher; S and Ti are in no paper
 ALIGN_DEPTHS = {"XL": 8, "L": 8, "B": 2, "S": 2, "Ti": 2}
+SRA_DEPTHS = {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8), "Ti": (2, 4)}

@@ -112,12 +112,16 @@ def save_grid(images, columns, path):
         grid.save(file, "PNG")
 
 
-def build_model(settings, vae_repa_depth=0):
-    """The SiT that a settings dict describes; without its alignment head unless a depth is given."""
+HEADS = ("vae_repa_head.", "projectors.", "ap_head.")  # of VAE-REPA, REPA and SRA; not needed to sample
+
+
+def build_model(settings, heads=False):
+    """The SiT that a settings dict describes, with or without its alignment heads."""
     data = settings["data"]
     channels, size, _ = data["latent_shape"]
-    return SiT_models[settings["model"]](input_size=size, in_channels=channels, num_classes=data["num_classes"],
-                                         vae_repa_depth=vae_repa_depth, vae_repa_layers=settings.get("vae_repa_layers", 5))
+    names = ("vae_repa_depth", "vae_repa_layers", "repa_depth", "repa_dim", "sra_depth")
+    options = {name: settings[name] for name in names if name in settings} if heads else {}
+    return SiT_models[settings["model"]](input_size=size, in_channels=channels, num_classes=data["num_classes"], **options)
 
 
 def load_checkpoint(path):
@@ -134,26 +138,36 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, device="cpu"):
-    """(model with the EMA weights and no alignment head, in eval mode; the settings it was trained with)."""
+def load_weights(path):
+    """(EMA weights without alignment heads, named as in models.py; the settings that they were trained with)."""
     checkpoint = load_checkpoint(path)
     weights = checkpoint.get("ema", checkpoint)
-    kind = "a SiT of train.py, REPA or SRA"
     try:
-        settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
-        if "settings" not in checkpoint:
+        if "settings" in checkpoint:
+            settings = checkpoint["settings"]
+        else:
+            settings = published_settings(weights)
             encoder_depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
             weights = {rename_published(key, encoder_depth): value for key, value in weights.items()}
-        heads = ("vae_repa_head.", "projectors.", "ap_head.")
-        weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
+        weights = {key: value for key, value in weights.items() if not key.startswith(HEADS)}
+        return weights, {**settings, "step": checkpoint.get("step", checkpoint.get("steps"))}
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        fail(f"the weights in {path} do not fit a SiT of train.py, REPA or SRA ({type(error).__name__}: {reason(error)})")
+
+
+def load_model(path, device="cpu"):
+    """(model with the EMA weights and no alignment head, in eval mode; the settings it was trained with)."""
+    weights, settings = load_weights(path)
+    kind = "a SiT of train.py, REPA or SRA"
+    try:
         kind = settings["model"]
         with torch.device("meta"):  # no time for an initialisation that the weights replace
             model = build_model(settings)
         kind += f" with {model.num_classes} classes"
         model.load_state_dict(weights, assign=True)
-    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the weights in {path} do not fit {kind} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step", checkpoint.get("steps"))}
+    return model.float().to(device).eval(), settings
 
 
 def published_settings(weights):

@@ -58,6 +58,10 @@ def message(err):
     return lines[0]
 
 
+class Killed(BaseException):
+    """Raised by tests where a process is to die."""
+
+
 @pytest.fixture
 def one_thread():
     """Torch on one thread, as `process` starts it, for comparisons byte by byte."""

@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from conftest import ROOT, cli, message, process
+from conftest import ROOT, Killed, cli, message, process
 from extract_latents import BackgroundWriter, center_crop, decode, encode, latent_normalization, list_images, load_image
 
 
@@ -31,15 +31,15 @@ def flags(images, vae, out, **others):
     return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
 
 
-def extract(capsys, *args, **others):
-    status, stdout, err = cli(capsys, "extract_latents", *flags(*args, **others))
+def extract(capsys, images, vae, out, *more, **others):
+    status, stdout, err = cli(capsys, "extract_latents", *flags(images, vae, out, **others), *more)
     assert status == 0, err
     return stdout, err
 
 
-def refused(capsys, *args, **others):
+def refused(capsys, images, vae, out, *more, **others):
     """The one line with which an extraction ends, status 2, when it refuses its input."""
-    status, _, err = cli(capsys, "extract_latents", *flags(*args, **others))
+    status, _, err = cli(capsys, "extract_latents", *flags(images, vae, out, **others), *more)
     assert status == 2, err
     line = message(err)
     assert line.startswith("extract_latents.py: error: ")
@@ -279,7 +279,8 @@ def with_config(vae, folder, **changes):
 
 def test_per_channel_statistics(capsys, images, vae, tmp_path, expected_moments):
     """They take precedence over the two scalars, and leave the stored moments raw."""
-    own = with_config(vae, tmp_path / "vae", latents_mean=[0.5, -1, 2, 0], latents_std=[2, 4, 0.5, 1])
+    own = with_config(vae, tmp_path / "vae", latents_mean=[0.5, -1, 2, 0], latents_std=[2, 4, 0.5, 1],
+                      scaling_factor=0.18215, shift_factor=None)
     extract(capsys, images, own, tmp_path / "out", dtype="float32")
     about = json.loads((tmp_path / "out/latents.json").read_text())
     assert about["shift"] == [0.5, -1, 2, 0] and about["scale"] == [0.5, 0.25, 2, 1]
@@ -290,11 +291,28 @@ def test_per_channel_statistics(capsys, images, vae, tmp_path, expected_moments)
     ({"scaling_factor": 0.18215}, (0.0, 0.18215)),
     ({"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None}, (0.0, 0.18215)),
     ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, (0.0609, 1.5305)),
-    ({"scaling_factor": 3.0, "shift_factor": 9.0, "latents_mean": [[[1.0]], [[2.0]]], "latents_std": (4, 5)},
-     ([1, 2], [0.25, 0.2])),
-    ({"scaling_factor": 3.0, "shift_factor": 9.0, "latents_mean": [1.0, 2.0]}, ([1, 2], 3.0))], ids=str)
+    ({"scaling_factor": 0.18215, "latents_mean": [[[1.0]], [[2.0]]], "latents_std": (4, 5)}, ([1, 2], [0.25, 0.2])),
+    ({"scaling_factor": 1.0, "latents_std": (4, 5), "latent_channels": 2}, (0.0, [0.25, 0.2])),
+    ({"scaling_factor": 3.0, "latents_mean": [1.0, 2.0]}, ([1, 2], 3.0)),
+    ({"scaling_factor": 0.3611, "shift_factor": 0.1159, "latent_channels": 16}, (0.1159, 0.3611)),  # FLUX.1
+    ({"scaling_factor": 0.41407, "latent_channels": 32}, (0.0, 0.41407)),  # DC-AE
+    ({"scaling_factor": 0.18215, "latent_channels": 4}, (0.0, 0.18215)),
+    ({"scaling_factor": 0.18215, "latent_channels": 32}, (None, None)),  # nobody's: diffusers' default
+    ({"scaling_factor": None, "shift_factor": 0.5}, (None, None)), ({"scaling_factor": 0}, (None, None)),
+    ({"latents_std": [1.0, 0.0]}, (None, None))], ids=str)
+@pytest.mark.filterwarnings("ignore:divide by zero")
 def test_latent_normalization(config, expected):
     assert latent_normalization(config) == expected
+
+
+@pytest.mark.parametrize("config, says", [
+    ({"scaling_factor": 0.5, "latents_std": [1.0, 2.0]}, "latents_std and a scaling_factor of 0.5"),
+    ({"scaling_factor": 1, "latents_mean": [1.0, 2.0], "shift_factor": 0.1}, "latents_mean and a shift_factor of 0.1"),
+    ({"latents_std": [1.0, 2.0, 3.0], "latent_channels": 4}, "3 values of latents_std for 4 channels")])
+def test_scale_fields_that_conflict(capsys, config, says):
+    with pytest.raises(SystemExit) as stop:
+        latent_normalization(config)
+    assert stop.value.code == 2 and says in message(capsys.readouterr().err)
 
 
 class FakeVae:
@@ -489,12 +507,12 @@ def test_killed_at_the_very_end(capsys, images, vae, tmp_path, monkeypatch, one_
     out, real = tmp_path / "out", extract_latents.write_json
 
     def stop(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise Killed
 
     def stop_at_last(path, value):
         return stop() if path.name == "latents.json" else real(path, value)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*{"finish": (extract_latents.ResumableArray, "finish", stop), "labels": (np, "save", stop),
                         "latents.json": (extract_latents, "write_json", stop_at_last)}[last_step])
         extract(capsys, images, vae, out)
@@ -627,8 +645,38 @@ def test_vae_that_cannot_be_used(capsys, images, bad_vaes, tmp_path, name):
 
 
 def test_vae_without_a_scale(capsys, images, vae, tmp_path):
+    """Latents are normalised by what they themselves have: draws from the posteriors get mean 0 and std 1 in every channel."""
     own = with_config(vae, tmp_path / "vae", scaling_factor=None)
-    assert "scaling_factor" in refused(capsys, images, own, tmp_path / "out")
+    stdout, _ = extract(capsys, images, own, tmp_path / "out", dtype="float32", batch_size=5)
+    assert "gives no scale" in stdout
+    about, moments = json.loads((tmp_path / "out/latents.json").read_text()), np.load(tmp_path / "out/moments.npy")
+    mean, std = np.split(moments.astype(np.float64), 2, axis=1)
+    z = mean + std * np.random.default_rng(0).normal(size=(500, *mean.shape))
+    assert_allclose(about["shift"], z.mean((0, 1, 3, 4)), atol=0.01)
+    assert_allclose(1 / np.array(about["scale"]), z.std((0, 1, 3, 4)), rtol=0.01)
+    assert len(about["shift"]) == len(about["scale"]) == 4
+
+
+def test_mirrored_images_and_stored_images(capsys, images, vae, tmp_path, expected_moments, one_thread):
+    """--flip: a second half that encodes each crop mirrored. --store-images: the crops themselves, once, in the same order."""
+    extract(capsys, images, vae, tmp_path / "out", "--flip", "--store-images", dtype="float32", batch_size=5)
+    moments, stored = np.load(tmp_path / "out/moments.npy"), np.load(tmp_path / "out/images.npy")
+    assert_array_equal(stored, crops(images).permute(0, 2, 3, 1))
+    assert_allclose(moments[:12], expected_moments, rtol=1e-4, atol=1e-5)
+    mirrored = encode(extract_latents.load_vae(str(vae)), crops(images).flip(3))
+    assert_allclose(moments[12:], mirrored, rtol=1e-4, atol=1e-5)
+    about = json.loads((tmp_path / "out/latents.json").read_text())
+    assert about["flip"] and about["store_images"] and about["count"] == len(np.load(tmp_path / "out/labels.npy")) == 12
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images.npy", "labels.npy", "latents.json", "moments.npy"]
+    extract(capsys, images, vae, tmp_path / "plain", dtype="float32")
+    assert "flip is False there and True here" in refused(capsys, images, vae, tmp_path / "plain", "--flip", dtype="float32")
+
+
+def test_two_processes_mirror_and_store_the_same_bytes(capsys, images, vae, tmp_path, one_thread):
+    extract(capsys, images, vae, tmp_path / "one", "--flip", "--store-images", batch_size=5)
+    process("extract_latents", *flags(images, vae, tmp_path / "two", batch_size=5), "--flip", "--store-images", processes=2)
+    for name in ("moments.npy", "images.npy", "labels.npy"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 10, 30, 33])

@@ -140,6 +140,12 @@ def test_position_table_is_maes(dim, side):
     np.testing.assert_allclose(table[0].numpy(), mae_positions(dim, side), atol=1e-6)
 
 
+def both(model, *inputs):
+    """(velocity, what VAE-REPA's head predicts or None)."""
+    v, predictions = model(*inputs, return_align=True)
+    return v, predictions.get("vae_repa")
+
+
 @pytest.mark.parametrize("patch, channels, layers, align_depth",
                          [(2, 4, 5, 2), (1, 16, 5, 4), (1, 32, 2, 1), (4, 3, 3, 3)])
 def test_forward_equals_a_plain_reimplementation(patch, channels, layers, align_depth):
@@ -147,7 +153,7 @@ def test_forward_equals_a_plain_reimplementation(patch, channels, layers, align_
                            vae_repa_layers=layers))
     x_t, t, y = inputs(channels=channels)
     with torch.no_grad():
-        v, x = model(x_t, t, y, return_align=True)
+        v, x = both(model, x_t, t, y)
         v_ref, x_ref = reference(model.state_dict(), x_t, t, y, patch, 4, 4, align_depth)
     assert v.shape == x.shape == x_t.shape and v_ref.std() > 0.1 and x_ref.std() > 0.1
     torch.testing.assert_close(v, v_ref, rtol=1e-4, atol=2e-5)
@@ -167,7 +173,7 @@ def test_the_head_reads_the_output_of_block_d(depth):
     outputs = []
     hooks = [block.register_forward_hook(lambda module, args, out: outputs.append(out)) for block in model.blocks]
     with torch.no_grad():
-        x = model(x_t, t, y, return_align=True)[1]
+        x = both(model, x_t, t, y)[1]
         c = model.t_embedder(t) + model.y_embedder(y)
         by_hand = [dit_unpatchify(model.vae_repa_head(h, c), 2, 4) for h in outputs]
     for hook in hooks:
@@ -178,7 +184,7 @@ def test_the_head_reads_the_output_of_block_d(depth):
 def test_alignment_trains_the_blocks_up_to_d_and_no_later_one():
     model = randomised(SiT(**SMALL, vae_repa_depth=2))
     x_t, t, y = inputs()
-    model(x_t, t, y, return_align=True)[1].square().mean().backward()
+    both(model, x_t, t, y)[1].square().mean().backward()
     for name, p in model.named_parameters():
         late = name.startswith(("blocks.2.", "blocks.3.", "final_layer."))
         reached = p.grad is not None and bool(p.grad.abs().max() > 0)
@@ -200,8 +206,8 @@ def test_depth_0_is_plain_sit_to_the_bit():
     with torch.no_grad():
         v = plain(x_t, t, y)
         assert v.std() > 0.1
-        assert torch.equal(v, aligned(x_t, t, y)) and torch.equal(v, aligned(x_t, t, y, return_align=True)[0])
-        v_plain, nothing = plain(x_t, t, y, return_align=True)
+        assert torch.equal(v, aligned(x_t, t, y)) and torch.equal(v, both(aligned, x_t, t, y)[0])
+        v_plain, nothing = both(plain, x_t, t, y)
     assert torch.equal(v, v_plain) and nothing is None
 
 
@@ -209,9 +215,9 @@ def test_an_image_does_not_depend_on_the_rest_of_its_batch():
     model = randomised(SiT(**SMALL, vae_repa_depth=2))
     x_t, t, y = inputs(batch=4)
     with torch.no_grad():
-        together = model(x_t, t, y, return_align=True)
+        together = both(model, x_t, t, y)
         for i in range(4):
-            alone = model(x_t[i : i + 1], t[i : i + 1], y[i : i + 1], return_align=True)
+            alone = both(model, x_t[i : i + 1], t[i : i + 1], y[i : i + 1])
             for a, b in zip(together, alone):
                 torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-5)
 
@@ -220,8 +226,8 @@ def test_the_condition_matters():
     model = randomised(SiT(**SMALL, vae_repa_depth=2))
     x_t, t, y = inputs()
     with torch.no_grad():
-        v, x = model(x_t, t, y, return_align=True)
-        for other in (model(x_t, 1 - t, y, return_align=True), model(x_t, t, (y + 1) % 11, return_align=True)):
+        v, x = both(model, x_t, t, y)
+        for other in (both(model, x_t, 1 - t, y), both(model, x_t, t, (y + 1) % 11)):
             for a, b in zip(other, (v, x)):
                 assert (a - b).abs().amax(dim=(1, 2, 3)).min() > 1e-2
 
@@ -230,7 +236,7 @@ def test_the_model_itself_drops_no_labels():
     model = randomised(SiT(**SMALL, vae_repa_depth=2))
     x_t, t, y = inputs(batch=256)
     with torch.no_grad():
-        trained, sampled = model.train()(x_t, t, y, return_align=True), model.eval()(x_t, t, y, return_align=True)
+        trained, sampled = both(model.train(), x_t, t, y), both(model.eval(), x_t, t, y)
     assert torch.equal(trained[0], sampled[0]) and torch.equal(trained[1], sampled[1])
 
 
@@ -305,7 +311,7 @@ def test_presets():
         size, p = name.removeprefix("SiT-").split("/")
         model = on_meta(name, vae_repa_depth=models.ALIGN_DEPTHS[size])
         with torch.device("meta"):
-            v, x = model(torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long), return_align=True)
+            v, x = both(model, torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long))
         assert v.shape == x.shape == (2, 4, 32, 32)
         own = (len(model.blocks), model.pos_embed.shape[2], model.blocks[0].attn.num_heads)
         depth, width, heads = sizes.get(size, own)  # the papers have no Ti
@@ -316,7 +322,7 @@ def test_presets():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = SiT(input_size=32, hidden_size=256, depth=4, num_heads=4, num_classes=1000, vae_repa_depth=2)
+    model = SiT(input_size=32, hidden_size=256, depth=4, num_heads=4, num_classes=1000, vae_repa_depth=2, repa_depth=3, sra_depth=1)
     normal = {"y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"}
     checked = set()
     for name, p in model.named_parameters():
@@ -332,12 +338,12 @@ def test_initialisation():
             assert 0.98 * bound < p.abs().max() <= bound, name
             assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
     assert checked == normal
-    v, x = model(*inputs(size=32), return_align=True)
+    v, x = both(model, *inputs(size=32))
     assert not v.any() and not x.any()
 
 
 @pytest.mark.parametrize("sizes", [
-    {"input_size": 6, "patch_size": 4}, {"vae_repa_depth": 5}, {"vae_repa_depth": -1},
+    {"input_size": 6, "patch_size": 4}, {"vae_repa_depth": 5}, {"vae_repa_depth": -1}, {"repa_depth": 5}, {"sra_depth": -1},
     {"vae_repa_depth": 1, "vae_repa_layers": 1}])
 def test_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(ValueError, match=r"\d"):

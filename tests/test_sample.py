@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 import sample
-from conftest import ROOT, cli, message, process
+from conftest import ROOT, Killed, cli, message, process
 from extract_latents import load_vae
 from models import SiT_models
 from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde, stream
@@ -482,9 +482,9 @@ def test_killed_while_writing_the_result(capsys, tiny, tmp_path, monkeypatch, na
     real = os.replace
 
     def stop(*args):
-        raise KeyboardInterrupt
+        raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", lambda a, b: stop() if Path(b) == out else real(a, b))
         run_sample(capsys, tiny, out, *args)
     assert not out.exists()

@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,12 +121,20 @@ def test_smooth_l1_is_continuous_at_beta():
     assert below == pytest.approx(0.025, abs=1e-7) and above == pytest.approx(0.025, abs=1e-7)
 
 
+def vae_repa(objective="smooth_l1", beta=0.05, patch_size=2):
+    """The alignments of a run of VAE-REPA alone."""
+    args = SimpleNamespace(vae_repa_loss=objective, vae_repa_beta=beta, vae_repa_weight=1.0, repa_weight=0.5, sra_weight=0.2,
+                           sra_teacher_depth=4)
+    model = SimpleNamespace(patch_size=patch_size, align_depths={"vae_repa": 2, "repa": 0, "sra": 0})
+    return train.build_alignments(args, model, None)
+
+
 class Recorder(torch.nn.Module):
     """Stands in for SiT: keeps what it is given and answers with fixed bf16 tensors."""
 
     def __init__(self, v, x_pred):
         super().__init__()
-        self.answer = (v, x_pred)
+        self.answer = (v, {"vae_repa": x_pred})
 
     def forward(self, x_t, t, y, return_align):
         self.seen = x_t, t, y, return_align
@@ -136,7 +145,8 @@ def test_the_aligned_target_is_the_very_latent_that_made_x_t():
     x, noise, v_pred, x_pred = torch.randn(4, 5, 4, 8, 8)
     t, y = torch.rand(5), torch.arange(5)
     model = Recorder(v_pred.bfloat16(), x_pred.bfloat16())
-    denoising, alignment = train.training_losses(model, x, y, t, noise)
+    batch = {"x": x, "y": y, "t": t, "noise": noise}
+    denoising, alignment = train.training_losses(model, batch, vae_repa()).values()
     x_t, t_seen, y_seen, aligned = model.seen
     assert aligned and torch.equal(t_seen, t) and torch.equal(y_seen, y)
     torch.testing.assert_close(x_t, (1 - t.view(5, 1, 1, 1)) * x + t.view(5, 1, 1, 1) * noise)
@@ -146,17 +156,20 @@ def test_the_aligned_target_is_the_very_latent_that_made_x_t():
     torch.testing.assert_close(denoising, v_error.square().mean((1, 2, 3)), rtol=1e-5, atol=0)
     torch.testing.assert_close(alignment, smooth_l1(x_error).mean((1, 2, 3)), rtol=1e-5, atol=0)
 
-    model.answer = (v_pred.bfloat16(), None)
-    plain, nothing = train.training_losses(model, x, y, t, noise)
-    assert torch.equal(plain, denoising) and torch.equal(nothing, torch.zeros(5))
+    share = torch.arange(5.0)
+    weighed = train.training_losses(model, {**batch, "vae_repa_share": share}, vae_repa())
+    assert torch.equal(weighed["vae_repa"], share * alignment) and torch.equal(weighed["denoising"], denoising)
+    model.answer = (v_pred.bfloat16(), {})
+    (plain,) = train.training_losses(model, batch, {}).values()
+    assert torch.equal(plain, denoising)
 
 
 def test_alignment_options_reach_the_objective():
     x, noise, v_pred, x_pred = torch.randn(4, 2, 4, 8, 8)
-    arguments = (Recorder(v_pred, x_pred), x, torch.zeros(2, dtype=torch.long), torch.rand(2), noise)
-    wide = train.training_losses(*arguments, "smooth_l1", 1.5)[1]
+    model, batch = Recorder(v_pred, x_pred), {"x": x, "y": torch.zeros(2, dtype=torch.long), "t": torch.rand(2), "noise": noise}
+    wide = train.training_losses(model, batch, vae_repa("smooth_l1", 1.5))["vae_repa"]
     torch.testing.assert_close(wide, smooth_l1(x_pred - x, 1.5).mean((1, 2, 3)))
-    cosines = [train.training_losses(*arguments, "cosine", 0.05, p)[1] for p in (1, 2, 8)]
+    cosines = [train.training_losses(model, batch, vae_repa("cosine", 0.05, p))["vae_repa"] for p in (1, 2, 8)]
     whole = 1 - (x_pred * x).sum((1, 2, 3)) / (x_pred.flatten(1).norm(dim=1) * x.flatten(1).norm(dim=1))
     torch.testing.assert_close(cosines[2], whole)
     assert not torch.allclose(cosines[0], cosines[1])
@@ -199,8 +212,9 @@ def test_a_step_draws_by_seed_and_step_alone():
 
 def test_distributions_of_a_step():
     n = 20_000
-    eps, noise, t, drop, align = train.draw_step(n, (2,), 3, 5, [0, 1], 0.1, "cpu")
+    eps, noise, t, drop, align, u = train.draw_step(n, (2,), 3, 5, [0, 1], 0.1, "cpu")
     assert stats.kstest(t.numpy(), "uniform").pvalue > 0.01
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01 and abs(np.corrcoef(t, u)[0, 1]) < 0.03
     assert all(stats.kstest(normal.flatten().numpy(), "norm").pvalue > 0.01 for normal in (eps, noise))
     assert abs((eps * noise).mean()) < 0.03
     assert drop.dtype == torch.bool and abs(drop.float().mean() - 0.1) < 0.01
@@ -212,7 +226,7 @@ def test_distributions_of_a_step():
 def test_alignment_averages_over_the_images_inside_the_interval():
     losses = torch.rand(64)
     for low, high in [(0, 0.5), (0.5, 1), (0.3, 0.4)]:
-        _, _, t, _, align = train.draw_step(64, (4, 2, 2), 0, 0, [low, high], 0.1, "cpu")
+        _, _, t, _, align, _ = train.draw_step(64, (4, 2, 2), 0, 0, [low, high], 0.1, "cpu")
         inside = (low <= t) & (t <= high)
         assert 0 < inside.sum() < 64
         torch.testing.assert_close((align * losses).mean(), losses[inside].mean())
@@ -277,7 +291,8 @@ def test_both_losses_overfit_one_batch():
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
     history = []
     for _ in range(300):
-        denoising, alignment = (loss.mean() for loss in train.training_losses(model, x, y, t, noise))
+        losses = train.training_losses(model, {"x": x, "y": y, "t": t, "noise": noise}, vae_repa())
+        denoising, alignment = (loss.mean() for loss in losses.values())
         optimizer.zero_grad()
         (denoising + alignment).backward()
         optimizer.step()
@@ -290,9 +305,9 @@ def seen(monkeypatch):
     """The (x, y, t, noise) of every call of training_losses."""
     calls, original = [], train.training_losses
 
-    def recorder(model, *arguments):
-        calls.append(arguments[:4])
-        return original(model, *arguments)
+    def recorder(model, batch, alignments):
+        calls.append([batch[name] for name in ("x", "y", "t", "noise")])
+        return original(model, batch, alignments)
 
     monkeypatch.setattr(train, "training_losses", recorder)
     return calls
@@ -307,7 +322,7 @@ def test_what_main_trains_on(capsys, seen, data, tmp_path):
     shift, scale = (np.reshape(about[key], (4, 1, 1)) for key in ("shift", "scale"))
     dropped, draws_of_row_7 = 0, set()
     for step, (rows, (x, y, t, noise)) in enumerate(zip(train.StepBatches(12, 12, 5, 0, 6), seen, strict=True)):
-        eps, noise_drawn, t_drawn, drop, _ = train.draw_step(12, (4, 8, 8), 5, step, [0.2, 0.6], 0.4, "cpu")
+        eps, noise_drawn, t_drawn, drop, _, _ = train.draw_step(12, (4, 8, 8), 5, step, [0.2, 0.6], 0.4, "cpu")
         expected = (mean[rows] + std[rows] * eps.numpy() - shift) * scale
         np.testing.assert_allclose(x.numpy(), expected, rtol=1e-4, atol=1e-4)
         draws_of_row_7.add(x[rows.index(7), 0, 0, 0].item())
@@ -317,7 +332,7 @@ def test_what_main_trains_on(capsys, seen, data, tmp_path):
         # the model starts at zero and hardly moves here, so the losses are known, and are logged unweighted
         inside = (0.2 <= t) & (t <= 0.6)
         assert lines[step]["denoising"] == pytest.approx(((noise - x) ** 2).mean().item(), rel=1e-4)
-        assert lines[step]["alignment"] == pytest.approx(smooth_l1(x[inside]).mean().item(), rel=1e-4)
+        assert lines[step]["vae_repa"] == pytest.approx(smooth_l1(x[inside]).mean().item(), rel=1e-4)
     assert 12 < dropped < 48 and len(draws_of_row_7) == 6
 
 
@@ -331,7 +346,7 @@ def test_rows_of_table_1_are_flags(capsys, seen, data, tmp_path, flags, formula)
     """The head first predicts 0, so its term is known at step 1; the weight scales the gradient and not the log."""
     (line,), checkpoint = fit(capsys, data, tmp_path / "run", "--max-steps", 1, "--grad-clip", "inf", *flags)
     x = seen[0][0]
-    assert line["alignment"] == pytest.approx(formula(x).item(), rel=1e-5)
+    assert line["vae_repa"] == pytest.approx(formula(x).item(), rel=1e-5)
     assert checkpoint["settings"][flags[0][2:].replace("-", "_")] == flags[1]
     head = sorted(k for k in checkpoint["model"] if k.startswith("vae_repa_head.mlp") and k.endswith("weight"))
     assert len(head) == (1 if "--vae-repa-layers" in flags else 4)
@@ -349,7 +364,8 @@ def built(settings):
     data = settings["data"]
     return SiT_models[settings["model"]](
         input_size=data["latent_shape"][1], in_channels=data["latent_shape"][0], num_classes=data["num_classes"],
-        vae_repa_depth=settings["vae_repa_depth"], vae_repa_layers=settings["vae_repa_layers"])
+        vae_repa_depth=settings["vae_repa_depth"], vae_repa_layers=settings["vae_repa_layers"],
+        repa_depth=settings["repa_depth"], sra_depth=settings["sra_depth"], repa_dim=settings.get("repa_dim", 768))
 
 
 def test_first_steps_of_the_optimizer_and_the_ema(capsys, data, tmp_path):
@@ -378,11 +394,11 @@ def test_log_lines_are_means_over_their_interval(capsys, data, tmp_path):
     third, _ = fit(capsys, data, tmp_path / "b", *flags, "--log-every", 3)
     assert [line["step"] for line in every] == [1, 2, 3, 4, 5, 6] and [line["step"] for line in third] == [3, 6]
     for i, line in enumerate(third):
-        for key in ("denoising", "alignment", "grad_norm"):
+        for key in ("denoising", "vae_repa", "grad_norm"):
             assert line[key] == pytest.approx(np.mean([each[key] for each in every[3 * i : 3 * i + 3]]), rel=1e-4)
         assert line["grad_norm_max"] == pytest.approx(max(each["grad_norm"] for each in every[3 * i : 3 * i + 3]), rel=1e-4)
     for line in every + third:
-        assert list(line) == ["step", "denoising", "alignment", "grad_norm", "grad_norm_max", "images_per_s", "memory_gib"]
+        assert list(line) == ["step", "denoising", "vae_repa", "grad_norm", "grad_norm_max", "images_per_s", "memory_gib"]
         assert 0 < line["images_per_s"] < 1e5 and 0.05 < line["memory_gib"] < 100
 
 
@@ -391,14 +407,14 @@ def test_depth_0_and_weight_0_train_plain_sit(capsys, monkeypatch, data, tmp_pat
     """The same weights as from a loop that knows no alignment."""
     lines, checkpoint = fit(capsys, data, tmp_path / "run", "--max-steps", 3, "--lr", 1e-3, "--label-dropout", 0, *off)
     assert not any("vae_repa" in key for key in [*checkpoint["model"], *checkpoint["ema"]])
-    assert [line["alignment"] for line in lines] == [0, 0, 0]
+    assert not any("vae_repa" in line for line in lines)
     model = built({**checkpoint["settings"], "vae_repa_depth": 0})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0, fused=True)
     moments, labels = torch.from_numpy(np.load(data / "moments.npy")), torch.from_numpy(np.load(data / "labels.npy"))
     about = json.loads((data / "latents.json").read_text())
     shift, scale = (torch.tensor(about[key]).view(4, 1, 1) for key in ("shift", "scale"))
     for step, rows in enumerate(train.StepBatches(12, 4, 0, 0, 3)):
-        eps, noise, t, _, _ = train.draw_step(4, (4, 8, 8), 0, step, [0, 1], 0, "cpu")
+        eps, noise, t, _, _, _ = train.draw_step(4, (4, 8, 8), 0, step, [0, 1], 0, "cpu")
         mean, std = moments[rows].float().chunk(2, dim=1)
         x, s = (mean + std * eps - shift) * scale, t.view(4, 1, 1, 1)
         loss = (model((1 - s) * x + s * noise, t, labels[rows]) - (noise - x)).square().mean()
@@ -482,7 +498,7 @@ def test_compiled_training_has_the_same_losses(capsys, data, tmp_path):
     eager, _ = fit(capsys, data, tmp_path / "eager", *flags)
     compiled, checkpoint = fit(capsys, data, tmp_path / "compiled", *flags, "--compile")
     for a, b in zip(eager, compiled, strict=True):
-        assert [a["denoising"], a["alignment"]] == pytest.approx([b["denoising"], b["alignment"]], rel=1e-4)
+        assert [a["denoising"], a["vae_repa"]] == pytest.approx([b["denoising"], b["vae_repa"]], rel=1e-4)
     assert list(checkpoint["model"]) == list(built(checkpoint["settings"]).state_dict())  # no compiler's prefixes
 
 
@@ -530,7 +546,7 @@ def assert_same_run(a, b):
 def assert_close_run(run, other, step=STEPS):
     """Losses, gradients and weights of the same run in another order of summation."""
     for a, b in zip(log(run), log(other), strict=True):
-        for key in ("denoising", "alignment", "grad_norm"):
+        for key in ("denoising", "vae_repa", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
     a, b = (load(path / "checkpoints" / f"{step:07d}.pt") for path in (run, other))
     for i, (name, _) in enumerate(built(a["settings"]).named_parameters()):
@@ -749,7 +765,7 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, tmp_path):
 
     def recorder(*arguments):
         losses = original(*arguments)
-        kinds.extend((loss.device.type, loss.dtype, torch.is_autocast_enabled("cuda")) for loss in losses)
+        kinds.extend((loss.device.type, loss.dtype, torch.is_autocast_enabled("cuda")) for loss in losses.values())
         return losses
 
     monkeypatch.setattr(train, "training_losses", recorder)
@@ -758,7 +774,7 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, tmp_path):
     reference, _ = fit(capsys, data, tmp_path / "fp32", *flags)
     assert kinds[:6] == [("cuda", torch.float32, True)] * 6 and kinds[6:] == [("cuda", torch.float32, False)] * 6
     for a, b in zip(lines, reference, strict=True):
-        assert [a["denoising"], a["alignment"]] == pytest.approx([b["denoising"], b["alignment"]], rel=0.02)
+        assert [a["denoising"], a["vae_repa"]] == pytest.approx([b["denoising"], b["vae_repa"]], rel=0.02)
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in checkpoint["ema"].values())
 
 
