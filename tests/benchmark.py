@@ -300,7 +300,8 @@ def draw(model, precision, num_steps, options, device, seed=0, nudge=0.0):
 @torch.no_grad()
 def call_ms(model, t, options, device, repeats=10):
     """Median milliseconds of the velocity of a batch at time t, in bf16."""
-    x, y = torch.randn(options.batch_size, *LATENT_SHAPE, device=device), torch.arange(options.batch_size, device=device) % NUM_CLASSES
+    x = torch.randn(options.batch_size, *LATENT_SHAPE, device=device)
+    y = torch.arange(options.batch_size, device=device) % NUM_CLASSES
     with torch.autocast(device.type, torch.bfloat16):
         return 1e3 * statistics.median(timed(device, guided_velocity, model, x, t, y, **GUIDANCE)[0] for _ in range(repeats))
 
@@ -333,7 +334,7 @@ def measure_sample(options, device):
     except (RuntimeError, ValueError, TypeError) as error:
         fail(f"--vae {options.vae} cannot decode latents of {LATENT_SHAPE}: {reason(error)}")
 
-    methods = {"plain": (plain, "fp32", (True, True)), "ours": (ours, "bf16", (False, True))}  # (False, True): torch's defaults
+    methods = {"plain": (plain, "fp32", (True, True)), "ours": (ours, "bf16", (False, True))}  # the latter: torch's defaults
     seconds, decoding, drawn = {name: [] for name in methods}, [], {}
     for turn in tqdm(range(-1, options.repeats), desc="turns"):
         for name, (model, precision, tf32) in methods.items():
@@ -355,7 +356,8 @@ def measure_sample(options, device):
                 "difference_nudged": relative(nudged, drawn["ours"]), "difference_other_seed": relative(other, drawn["ours"]),
                 "decode_ms": 1e3 * decode_s, "decode_share": decode_s * figures["ours"]["images_per_s"] / options.batch_size}
     both = [figures[name] for name in methods]
-    print_rows(f"{options.model}, SDE of {steps} steps, {options.batch_size} images per batch, guidance 1.8 on [0, 0.7]", options, [
+    title = f"{options.model}, SDE of {steps} steps, {options.batch_size} images per batch, guidance 1.8 on [0, 0.7]"
+    print_rows(title, options, [
         ("", f"plain: fp32{', TF32' * (device.type == 'cuda')}", f"ours: bf16, {'compiled' if options.compile else 'eager'}"),
         ("sampler, s per batch", *(f"{statistics.median(f['sampler_s']):.2f}" for f in both)),
         ("images/s, with decoding", *(f"{f['images_per_s']:.3g}" for f in both)),
@@ -432,10 +434,11 @@ def measure_extract(options, device):
     hours = IMAGENET / rates["whole_images_per_s"] / 3600
     figures = {"jpeg_kib": kib, **{f"{name}_s": taken for name, taken in seconds.items()}, **rates,
                "whole_over_slower": statistics.median(max(a, b) / c for a, b, c in zip(*seconds.values())),
-               "hours_imagenet_1_device": hours, "hours_imagenet_8_devices": hours / 8, "resident_mib_at_quarter": resident[len(resident) // 4],
-               "resident_mib_at_end": resident[-1], "peak_gpu_gib": peak_gib(device)}
-    print_rows(f"{options.count} JPEGs of 500x375, {kib:.0f} KiB each, cropped to {options.image_size}, {options.vae or 'a VAE of SD-VAE size'}, "
-               f"{options.num_workers} loader processes, fp32", options, [
+               "hours_imagenet_1_device": hours, "hours_imagenet_8_devices": hours / 8, "peak_gpu_gib": peak_gib(device),
+               "resident_mib_at_quarter": resident[len(resident) // 4], "resident_mib_at_end": resident[-1]}
+    title = (f"{options.count} JPEGs of 500x375, {kib:.0f} KiB each, cropped to {options.image_size}, "
+             f"{options.vae or 'a VAE of SD-VAE size'}, {options.num_workers} loader processes, fp32")
+    print_rows(title, options, [
         *((f"{name}, images/s", f"{rates[f'{name}_images_per_s']:.1f}") for name in seconds),
         ("whole / slower of the two", f"{figures['whole_over_slower']:.3f}"),
         ("hours for ImageNet, 1 device", f"{hours:.2f}"),
@@ -496,9 +499,10 @@ def measure_fid(options, device):
     samples, reference = found
     seconds["fid"], fid = timed(device, frechet_distance, *(x[name] for x in found for name in ("mu", "sigma")))
     seconds["sfid"], sfid = timed(device, frechet_distance, *(x[name] for x in found for name in ("mu_s", "sigma_s")))
-    seconds["inception_score"], score = timed(device, inception_score, samples["probabilities"])
     ours, theirs = (torch.from_numpy(x["features"]).to(device) for x in (samples, reference))
-    seconds["precision_recall"], (precision, recall) = timed(device, precision_recall, theirs, ours)
+    for _ in range(2):  # the first call warms up: milliseconds, which the extrapolation would multiply
+        seconds["inception_score"], score = timed(device, inception_score, samples["probabilities"])
+        seconds["precision_recall"], (precision, recall) = timed(device, precision_recall, theirs, ours)
     resident = memory_mib("VmHWM")
     many, some = (torch.randn(n, 2048, device=device) for n in (options.pr_count, min(options.pr_count, DRAWN)))
     seconds["precision_recall_many"], _ = timed(device, precision_recall, some, many)
@@ -509,10 +513,12 @@ def measure_fid(options, device):
     figures = {"seconds": seconds, "extract_s": extracting, "reading_images_per_s": count / seconds["reading"],
                "network_images_per_s": count / seconds["network"], "extract_images_per_s": rate,
                "metrics": {"FID": fid, "sFID": sfid, "IS": score, "Precision": precision, "Recall": recall},
-               "pr_points": [len(many), len(some)], "peak_resident_mib_extract": resident_after_extract, "peak_resident_mib": resident,
-               "peak_gpu_gib": peak_gib(device), "minutes_per_1000_images": 1000 / rate / 60,
+               "pr_points": [len(many), len(some)], "peak_gpu_gib": peak_gib(device),
+               "peak_resident_mib_extract": resident_after_extract, "peak_resident_mib": resident,
+               "minutes_per_1000_images": 1000 / rate / 60,
                "minutes_50k_and_10k_extrapolated": ((SAMPLES + DRAWN) / rate + metrics_50k) / 60}
-    print_rows(f"2 x {count} images of {options.image_size}x{options.image_size}, {batch} per batch, Inception with random weights, fp32", options, [
+    size = options.image_size
+    print_rows(f"2 x {count} images of {size}x{size}, {batch} per batch, Inception with random weights, fp32", options, [
         *((f"{name}, images/s", f"{figures[f'{name}_images_per_s']:.1f}") for name in ("reading", "network", "extract")),
         ("FID of 2048 features, s", f"{seconds['fid']:.2f}"),
         ("sFID of 2023 features, s", f"{seconds['sfid']:.2f}"),
@@ -558,15 +564,16 @@ def main():
     parser.add_argument("--steps", type=positive_int, default=20 if torch.cuda.is_available() else 2, help="steps per turn")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each method")
     parser.add_argument("--num-workers", type=natural, default=4, help="processes that read latents, or images for extract")
-    parser.add_argument("--batch-size", type=positive_int, help="images per batch of sample, extract and fid (default: 64 on CUDA, else 4, 4, 16)")
+    parser.add_argument("--batch-size", type=positive_int, help="of sample, extract and fid (default: 64 on CUDA, else 4, 4, 16)")
     parser.add_argument("--num-steps", type=positive_int, help="sampler steps of sample (default: 250 on CUDA, else 10)")
     parser.add_argument("--vae", help="autoencoder of sample and extract (default: of SD-VAE's size, with random weights)")
-    parser.add_argument("--count", type=positive_int, help="images (default: extract 2048 on CUDA, else 48; fid twice 5000, else 64)")
+    parser.add_argument("--count", type=positive_int, help="images of extract and fid (default: 2048 and 5000, or 48 and 64)")
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the images of extract and fid")
-    parser.add_argument("--pr-count", type=positive_int, help="points of fid's larger precision and recall (default: 50000 on CUDA, else 2000)")
+    parser.add_argument("--pr-count", type=positive_int, help="points of fid's larger precision, recall (default: 50000, or 2000)")
     parser.add_argument("--json", help="file to write (default: runs/benchmark-MODE.json)")
     options = parser.parse_args()
-    function, precision, defaults = ON_ONE_DEVICE.get(options.mode, (None, "bf16" if options.device == "cuda" else "fp32", {}))
+    of_device = "bf16" if options.device == "cuda" else "fp32"
+    function, precision, defaults = ON_ONE_DEVICE.get(options.mode, (None, of_device, {}))
     if function and options.precision not in (None, precision):
         fail(f"the mode {options.mode} has its precision, {precision}; leave --precision out")
     options.precision = options.precision or precision
