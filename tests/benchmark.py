@@ -1,15 +1,25 @@
-"""What training costs on this machine, beside the paper's Table 4.
+"""What training costs on this machine, beside the paper's Table 4, and what sampling, extraction and evaluation cost.
 
     python tests/benchmark.py train                                      # or torchrun --nproc_per_node=8 tests/benchmark.py train
     python tests/benchmark.py profile                                    # where the time of a step goes
     python tests/benchmark.py memory                                     # the largest --micro-batch of a 24 and an 80 GB GPU
     python tests/benchmark.py train --device cpu --model SiT-Ti/2 --micro-batch 8 --steps 2      # small, anywhere
+    python tests/benchmark.py sample                                     # sample.py's loop beside a plain float32 one
+    python tests/benchmark.py extract                                    # extract_latents.py: its loader, its encoder, both
+    python tests/benchmark.py fid                                        # fid.py: reading, the network, every metric
+    python tests/benchmark.py sample --device cpu --model SiT-Ti/2 --vae tests/demo_vae          # small, anywhere
+    python tests/benchmark.py extract --device cpu --vae tests/demo_vae --image-size 64          # small, anywhere
+    python tests/benchmark.py fid --device cpu                                                   # small, anywhere
 
 Plain SiT and VAE-REPA take turns in one process, so that their ratio holds while the machine's speed drifts; figures are medians
 over the turns. Both run train.py's own step on latents read from disk by its own loader.
+
+The last three call the scripts' own functions on one device, with random weights and random images, whose files the system still
+has in memory. The start of the loader's processes counts, so that a small --count shows less than a long run has.
 """
 
 import argparse
+import copy
 import gc
 import platform
 import re
@@ -17,25 +27,34 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from extract_latents import Parser, fail, init_distributed, positive_int, run, write_json  # noqa: E402
+from extract_latents import (ImageFiles, Parser, ResumableArray, decode, encode, encode_files, fail,  # noqa: E402
+                             init_distributed, list_images, load_vae, natural, positive_int, reason, run, write_json)
+from fid import (DRAWN, Images, InceptionV3, apply, extract, frechet_distance, inception_score,  # noqa: E402
+                 precision_recall, read_ahead)
 from models import ALIGN_DEPTHS, SiT_models  # noqa: E402
+from sample import guided_velocity, randn_like, sample_sde, stream, to_bf16  # noqa: E402
 from train import Latents, StepBatches, build_training, draw_step, sample_posterior, training_step  # noqa: E402
 
 # Table 4, measured on H100s at a global batch of 256: external + head parameters (M), it/s, GFLOPs, forward latency (ms)
 PAPER = {("SiT-XL/2", "plain"): (0, 0, 8.1, 114.46, 18.05), ("SiT-XL/2", "VAE-REPA"): (0, 18, 7.2, 118.55, 19.20)}
 LATENT_SHAPE, NUM_CLASSES, PAPER_GPUS, PAPER_BATCH = (4, 32, 32), 1000, 8, 256
+GUIDANCE = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}  # of the paper's Table 3
+IMAGENET, SAMPLES = 1_281_167, 50_000
 
 
 def count_macs(model):
@@ -245,15 +264,298 @@ def largest_micro_batch(options, device, limit_gib):
     return fits
 
 
+def timed(device, function, *args, **options):
+    """(seconds that function(*args, **options) takes, with all that it has the device do; what it returns)."""
+    synchronise(device)
+    started = time.perf_counter()
+    result = function(*args, **options)
+    synchronise(device)
+    return time.perf_counter() - started, result
+
+
+def allow_tf32(matmul, cudnn):
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def make_vae(options, device):
+    """The autoencoder that --vae names, or one of SD-VAE's size with random weights."""
+    if options.vae:
+        return load_vae(options.vae).to(device)
+    from diffusers import AutoencoderKL  # slow to import
+
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
+    return vae.eval().requires_grad_(False).to(device)
+
+
+def draw(model, precision, num_steps, options, device, seed=0, nudge=0.0):
+    """Final latents (B, C, H, W) of one batch, drawn as sample.py does; nudge: relative change of the noise it starts from."""
+    generators = [stream(seed, i, device) for i in range(options.batch_size)]
+    z = randn_like(torch.empty(options.batch_size, *LATENT_SHAPE, device=device), generators) * (1 + nudge)
+    y = torch.arange(options.batch_size, device=device) % NUM_CLASSES
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return sample_sde(model, z, y, num_steps, generators=generators, **GUIDANCE)
+
+
+@torch.no_grad()
+def call_ms(model, t, options, device, repeats=10):
+    """Median milliseconds of the velocity of a batch at time t, in bf16."""
+    x = torch.randn(options.batch_size, *LATENT_SHAPE, device=device)
+    y = torch.arange(options.batch_size, device=device) % NUM_CLASSES
+    with torch.autocast(device.type, torch.bfloat16):
+        return 1e3 * statistics.median(timed(device, guided_velocity, model, x, t, y, **GUIDANCE)[0] for _ in range(repeats))
+
+
+def decode_and_copy(vae, x):
+    """Images of latents x, decoded and on the CPU, copied as sample.py's writer does it."""
+    images = decode(vae, x, 0.0, 1.0)
+    return images.to("cpu", non_blocking=images.is_cuda)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def measure_sample(options, device):
+    """Figures of sample.py's loop and of a plain one (eager, float32 weights, TF32 products), in paired turns."""
+    torch.manual_seed(0)
+    plain = SiT_models[options.model](num_classes=NUM_CLASSES).to(device).eval().requires_grad_(False)
+    for parameter in plain.parameters():
+        if not parameter.any():  # what starts at zero would make the velocity zero
+            nn.init.normal_(parameter, std=0.05)
+    ours = copy.deepcopy(plain)
+    to_bf16(ours)
+    if options.compile:
+        for block in ours.blocks:
+            block.compile(dynamic=False)
+    vae, steps = make_vae(options, device), options.num_steps
+    try:
+        decode_and_copy(vae, torch.zeros(options.batch_size, *LATENT_SHAPE, device=device))
+    except (RuntimeError, ValueError, TypeError) as error:
+        fail(f"--vae {options.vae} cannot decode latents of {LATENT_SHAPE}: {reason(error)}")
+
+    methods = {"plain": (plain, "fp32", (True, True)), "ours": (ours, "bf16", (False, True))}  # the latter: torch's defaults
+    seconds, decoding, drawn = {name: [] for name in methods}, [], {}
+    for turn in tqdm(range(-1, options.repeats), desc="turns"):
+        for name, (model, precision, tf32) in methods.items():
+            allow_tf32(*tf32)
+            taken, drawn[name] = timed(device, draw, model, precision, steps if turn >= 0 else 4, options, device)
+            seconds[name] += [taken] if turn >= 0 else []  # the turn before the first, of 4 steps, compiles
+        decoding.append(timed(device, decode_and_copy, vae, drawn["ours"])[0])
+    decode_s = statistics.median(decoding)
+    figures = {"unguided_call_ms": call_ms(ours, 0.9, options, device), "guided_call_ms": call_ms(ours, 0.5, options, device)}
+    nudged, other = (draw(ours, "bf16", steps, options, device, **change) for change in ({"nudge": 1e-6}, {"seed": 1}))
+    allow_tf32(False, False)
+    exact = draw(plain, "fp32", steps, options, device)
+    for name in methods:
+        batch_s = statistics.median(seconds[name]) + decode_s
+        hours = SAMPLES / options.batch_size * batch_s / 3600
+        figures[name] = {"sampler_s": seconds[name], "images_per_s": options.batch_size / batch_s, "hours_1_device": hours,
+                         "hours_8_devices": hours / 8, "difference_from_float32": relative(drawn[name], exact)}
+    figures |= {"speedup": statistics.median(a / b for a, b in zip(seconds["plain"], seconds["ours"])),
+                "difference_nudged": relative(nudged, drawn["ours"]), "difference_other_seed": relative(other, drawn["ours"]),
+                "decode_ms": 1e3 * decode_s, "decode_share": decode_s * figures["ours"]["images_per_s"] / options.batch_size}
+    both = [figures[name] for name in methods]
+    title = f"{options.model}, SDE of {steps} steps, {options.batch_size} images per batch, guidance 1.8 on [0, 0.7]"
+    print_rows(title, options, [
+        ("", f"plain: fp32{', TF32' * (device.type == 'cuda')}", f"ours: bf16, {'compiled' if options.compile else 'eager'}"),
+        ("sampler, s per batch", *(f"{statistics.median(f['sampler_s']):.2f}" for f in both)),
+        ("images/s, with decoding", *(f"{f['images_per_s']:.3g}" for f in both)),
+        ("hours for 50,000, 1 device", *(f"{f['hours_1_device']:.2f}" for f in both)),
+        ("  on 8 such, extrapolated", *(f"{f['hours_8_devices']:.2f}" for f in both)),
+        ("difference from float32", *(f"{f['difference_from_float32']:.2e}" for f in both)),
+        ("  noise changed by 1e-6", "", f"{figures['difference_nudged']:.2e}"),
+        ("  another seed", "", f"{figures['difference_other_seed']:.2e}"),
+        ("call without guidance, ms", "", f"{figures['unguided_call_ms']:.2f}"),
+        ("call with guidance, ms", "", f"{figures['guided_call_ms']:.2f}"),
+        ("decode and copy, ms per batch", "", f"{figures['decode_ms']:.1f} ({100 * figures['decode_share']:.1f} %)")])
+    print(f"\nour sampler is {figures['speedup']:.2f} times as fast as the plain one (paired median)")
+    return figures
+
+
+def smooth_image(rng, width, height, cell):
+    """A random image whose colours change over `cell` pixels."""
+    colours = rng.integers(256, size=(-(-height // cell), -(-width // cell), 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def memory_mib(field="VmRSS"):
+    """Memory of this process in MiB, now or, VmHWM, at its peak."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def peak_gib(device):
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+
+
+def watched(batches, resident):
+    """The batches, with this process's memory put down before each."""
+    for batch in batches:
+        resident.append(memory_mib())
+        yield batch
+
+
+def encode_again(vae, images, times, device):
+    for _ in range(times):
+        encode(vae, images.to(device, non_blocking=True))
+
+
+def measure_extract(options, device):
+    """Figures of extract_latents.py: its loader alone, its encoder alone, and both at work."""
+    vae, rng, cuda = make_vae(options, device), np.random.default_rng(0), device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "images" / "class").mkdir(parents=True)
+        for i in tqdm(range(options.count), desc="writing JPEGs"):  # as large as ImageNet's
+            smooth_image(rng, 500, 375, 4).save(folder / "images" / "class" / f"{i:06d}.jpg", quality=90)
+        kib = sum(file.stat().st_size for file in folder.rglob("*.jpg")) / options.count / 1024
+        _, files, _ = list_images(folder / "images")
+        images = ImageFiles(folder / "images", files, options.image_size)
+        kept = torch.stack([images[i][1] for i in range(min(options.batch_size, options.count))])
+        kept = kept.pin_memory() if cuda else kept
+        try:
+            latent_shape = encode(vae, kept.to(device)).shape[1:]
+        except (RuntimeError, ValueError, TypeError) as error:
+            fail(f"the VAE cannot encode images of --image-size {options.image_size}: {reason(error)}")
+        seconds = {"loader": [], "encoder": [], "whole": []}
+        for turn in tqdm(range(options.repeats), desc="turns"):
+            moments = ResumableArray(folder / f"moments{turn}.npy", (options.count, *latent_shape), "float16", {})
+            batches, resident = moments.batches(options.batch_size), []
+            loader = DataLoader(images, batch_sampler=batches, num_workers=options.num_workers, pin_memory=cuda)
+            seconds["loader"].append(timed(device, deque, loader, maxlen=0)[0])  # a deque of no length only asks for each
+            again = timed(device, encode_again, vae, kept, len(batches), device)[0]
+            seconds["encoder"].append(again * options.count / (len(batches) * len(kept)))  # the last batch may be short
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            seconds["whole"].append(timed(device, encode_files, vae, watched(loader, resident), moments, files, device)[0])
+            resident.append(memory_mib())
+            moments.finish()  # fails if a row is missing
+    rates = {f"{name}_images_per_s": options.count / statistics.median(taken) for name, taken in seconds.items()}
+    hours = IMAGENET / rates["whole_images_per_s"] / 3600
+    figures = {"jpeg_kib": kib, **{f"{name}_s": taken for name, taken in seconds.items()}, **rates,
+               "whole_over_slower": statistics.median(max(a, b) / c for a, b, c in zip(*seconds.values())),
+               "hours_imagenet_1_device": hours, "hours_imagenet_8_devices": hours / 8, "peak_gpu_gib": peak_gib(device),
+               "resident_mib_at_quarter": resident[len(resident) // 4], "resident_mib_at_end": resident[-1]}
+    title = (f"{options.count} JPEGs of 500x375, {kib:.0f} KiB each, cropped to {options.image_size}, "
+             f"{options.vae or 'a VAE of SD-VAE size'}, {options.num_workers} loader processes, fp32")
+    print_rows(title, options, [
+        *((f"{name}, images/s", f"{rates[f'{name}_images_per_s']:.1f}") for name in seconds),
+        ("whole / slower of the two", f"{figures['whole_over_slower']:.3f}"),
+        ("hours for ImageNet, 1 device", f"{hours:.2f}"),
+        ("  on 8 such, extrapolated", f"{hours / 8:.2f}"),
+        ("resident, MiB: 1/4, end", f"{figures['resident_mib_at_quarter']:.0f} {figures['resident_mib_at_end']:.0f}"),
+        ("peak GPU memory, GiB", f"{figures['peak_gpu_gib']:.2f}" if cuda else "no GPU")])
+    return figures
+
+
+def write_samples(path, count, size, seed):
+    """An .npz of random images as sample.py writes it, without holding them all."""
+    rng = np.random.default_rng(seed)
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
+        for _ in tqdm(range(count), desc=f"writing {path.name}"):
+            file.write(smooth_image(rng, size, size, 32).tobytes())
+
+
+def apply_again(network, batch, times, device):
+    for _ in range(times):
+        apply(network, batch, device)
+
+
+def pairs(n, m):
+    """Distances that precision and recall of n and m points need."""
+    return n * n + m * m + n * m
+
+
+def measure_fid(options, device):
+    """Figures of fid.py, with Inception's random weights: extraction and its two parts, then each metric."""
+    torch.manual_seed(0)
+    allow_tf32(False, False)  # as fid.py sets them
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    network = InceptionV3()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # torch's own would let the features vanish
+    network = network.to(device).eval().requires_grad_(False)
+    args = SimpleNamespace(cache=None, batch_size=options.batch_size, num_workers=options.num_workers)
+    count, batch = options.count, options.batch_size
+    batches = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
+    seconds, extracting, found = {}, [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, name in enumerate(("samples", "reference")):
+            write_samples(Path(folder, f"{name}.npz"), count, options.image_size, seed)
+        sets = [Images(Path(folder, f"{name}.npz")) for name in ("samples", "reference")]
+        seconds["reading"], _ = timed(device, deque, read_ahead(sets[0], batches), maxlen=0)
+        first = sets[0][batches[0]].to(device)
+        with torch.no_grad():
+            apply(network, first, device)
+            taken, _ = timed(device, apply_again, network, first, len(batches), device)
+        seconds["network"] = taken * count / (len(batches) * len(first))  # the last batch may be short
+        for images in sets:
+            taken, values = timed(device, extract, network, "random weights", images, np.arange(count), args, 0, 1, device)
+            extracting.append(taken)
+            found.append(values)
+    resident_after_extract = memory_mib("VmHWM")
+    samples, reference = found
+    seconds["fid"], fid = timed(device, frechet_distance, *(x[name] for x in found for name in ("mu", "sigma")))
+    seconds["sfid"], sfid = timed(device, frechet_distance, *(x[name] for x in found for name in ("mu_s", "sigma_s")))
+    ours, theirs = (torch.from_numpy(x["features"]).to(device) for x in (samples, reference))
+    for _ in range(2):  # the first call warms up: milliseconds, which the extrapolation would multiply
+        seconds["inception_score"], score = timed(device, inception_score, samples["probabilities"])
+        seconds["precision_recall"], (precision, recall) = timed(device, precision_recall, theirs, ours)
+    resident = memory_mib("VmHWM")
+    many, some = (torch.randn(n, 2048, device=device) for n in (options.pr_count, min(options.pr_count, DRAWN)))
+    seconds["precision_recall_many"], _ = timed(device, precision_recall, some, many)
+
+    rate = 2 * count / sum(extracting)
+    metrics_50k = (seconds["fid"] + seconds["sfid"] + seconds["inception_score"] * SAMPLES / count
+                   + seconds["precision_recall_many"] * pairs(SAMPLES, DRAWN) / pairs(len(many), len(some)))
+    figures = {"seconds": seconds, "extract_s": extracting, "reading_images_per_s": count / seconds["reading"],
+               "network_images_per_s": count / seconds["network"], "extract_images_per_s": rate,
+               "metrics": {"FID": fid, "sFID": sfid, "IS": score, "Precision": precision, "Recall": recall},
+               "pr_points": [len(many), len(some)], "peak_gpu_gib": peak_gib(device),
+               "peak_resident_mib_extract": resident_after_extract, "peak_resident_mib": resident,
+               "minutes_per_1000_images": 1000 / rate / 60,
+               "minutes_50k_and_10k_extrapolated": ((SAMPLES + DRAWN) / rate + metrics_50k) / 60}
+    size = options.image_size
+    print_rows(f"2 x {count} images of {size}x{size}, {batch} per batch, Inception with random weights, fp32", options, [
+        *((f"{name}, images/s", f"{figures[f'{name}_images_per_s']:.1f}") for name in ("reading", "network", "extract")),
+        ("FID of 2048 features, s", f"{seconds['fid']:.2f}"),
+        ("sFID of 2023 features, s", f"{seconds['sfid']:.2f}"),
+        (f"IS of {count}, s", f"{seconds['inception_score']:.3f}"),
+        (f"P, R of {count} and {count}, s", f"{seconds['precision_recall']:.3f}"),
+        (f"P, R of {len(many)} and {len(some)}, s", f"{seconds['precision_recall_many']:.2f}"),
+        ("peak resident, MiB", f"{resident_after_extract:.0f} extracting, {resident:.0f} in all"),
+        ("peak GPU memory, GiB", f"{figures['peak_gpu_gib']:.2f}" if device.type == "cuda" else "no GPU"),
+        ("minutes per 1,000 images", f"{figures['minutes_per_1000_images']:.2f}"),
+        ("minutes, 50,000 + 10,000", f"{figures['minutes_50k_and_10k_extrapolated']:.1f}, extrapolated")])
+    return figures
+
+
+def print_rows(title, options, rows):
+    """The title with hardware and versions, and below it rows of a name and its cells."""
+    print(f"\n{title}; {hardware(options.device)}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    for name, *cells in rows:
+        print(f"{name:32}" + "".join(f"{cell:>28}" for cell in cells))
+
+
 def hardware(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+# the modes that measure one device: function, precision that it has, and defaults on CUDA and elsewhere
+ON_ONE_DEVICE = {"sample": (measure_sample, "bf16", {"batch_size": (64, 4), "num_steps": (250, 10)}),
+                 "extract": (measure_extract, "fp32", {"batch_size": (64, 4), "count": (2048, 48)}),
+                 "fid": (measure_fid, "fp32", {"batch_size": (64, 16), "count": (5000, 64), "pr_count": (50_000, 2000)})}
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("mode", choices=["train", "profile", "memory"], help="what to measure")
+    parser.add_argument("mode", choices=["train", "profile", "memory", *ON_ONE_DEVICE], help="what to measure")
     parser.add_argument("--model", default="SiT-XL/2", choices=list(SiT_models), metavar="SiT-{XL,L,B,S,Ti}/{1,2,4,8}", help="size/patch size")
     parser.add_argument("--micro-batch", type=positive_int, default=PAPER_BATCH // PAPER_GPUS, help="images per step and device")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
@@ -261,19 +563,40 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     parser.add_argument("--steps", type=positive_int, default=20 if torch.cuda.is_available() else 2, help="steps per turn")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each method")
-    parser.add_argument("--num-workers", type=int, default=4, help="processes that read latents")
+    parser.add_argument("--num-workers", type=natural, default=4, help="processes that read latents, or images for extract")
+    parser.add_argument("--batch-size", type=positive_int, help="of sample, extract and fid (default: 64 on CUDA, else 4, 4, 16)")
+    parser.add_argument("--num-steps", type=positive_int, help="sampler steps of sample (default: 250 on CUDA, else 10)")
+    parser.add_argument("--vae", help="autoencoder of sample and extract (default: of SD-VAE's size, with random weights)")
+    parser.add_argument("--count", type=positive_int, help="images of extract and fid (default: 2048 and 5000, or 48 and 64)")
+    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the images of extract and fid")
+    parser.add_argument("--pr-count", type=positive_int, help="points of fid's larger precision, recall (default: 50000, or 2000)")
     parser.add_argument("--json", help="file to write (default: runs/benchmark-MODE.json)")
     options = parser.parse_args()
-    options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
+    of_device = "bf16" if options.device == "cuda" else "fp32"
+    function, precision, defaults = ON_ONE_DEVICE.get(options.mode, (None, of_device, {}))
+    if function and options.precision not in (None, precision):
+        fail(f"the mode {options.mode} has its precision, {precision}; leave --precision out")
+    options.precision = options.precision or precision
+    for name, (on_cuda, elsewhere) in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, on_cuda if options.device == "cuda" else elsewhere)
     options.compile = options.device == "cuda" if options.compile is None else options.compile
     if options.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no CUDA device here")
     if options.mode == "memory" and options.device != "cuda":
         fail("the mode memory asks a GPU how much it holds, and there is none here")
+    if options.mode == "fid" and min(options.count, options.pr_count) < 4:
+        fail("precision and recall look for third neighbours, so that --count and --pr-count must be at least 4")
+    if options.mode in ("extract", "fid") and not Path("/proc/self/status").exists():
+        fail(f"the mode {options.mode} reads the memory it takes from /proc, which only Linux has")
     rank, world_size, device = init_distributed()
     if options.device == "cpu":
         device = torch.device("cpu")
-    if options.mode == "memory":  # 1 GiB less than the label: the driver and the display take some
+    if function and world_size > 1:
+        fail(f"the mode {options.mode} measures one device; start it with plain python")
+    if function:
+        figures = function(options, device)
+    elif options.mode == "memory":  # 1 GiB less than the label: the driver and the display take some
         figures = {f"{gb} GB": largest_micro_batch(options, device, gb - 1) for gb in (24, 80)}
     else:
         figures = (measure if options.mode == "train" else profile)(options, device, rank, world_size)
@@ -282,7 +605,7 @@ def main():
             print_table(figures, options, world_size)
         elif options.mode == "memory":
             print(f"{options.model} + VAE-REPA, largest --micro-batch: {figures}")
-        else:
+        elif options.mode == "profile":
             for kind, ms in figures["ms_per_step"].items():
                 print(f"{kind:28}{ms:10.2f} ms {100 * ms / figures['wall_ms_per_step']:6.1f} %")
             print(f"{'a step':28}{figures['wall_ms_per_step']:10.2f} ms; the loader alone {figures['loader_alone_ms_per_step']:.2f} ms")

@@ -1,14 +1,16 @@
-"""tests/benchmark.py: the columns that are the same on every machine equal the paper's; both modes run small on a CPU."""
+"""tests/benchmark.py: the columns that are the same on every machine equal the paper's; the modes run small on a CPU."""
 
 import json
+from statistics import median
 
 import pytest
 import torch
 from benchmark import KINDS, PAPER, count_macs
-from conftest import cli, process
+from conftest import ROOT, cli, process
 
 from models import SiT_models
 
+DEMO_VAE = ROOT / "tests" / "demo_vae"
 SMALL = ("--device", "cpu", "--model", "SiT-Ti/4", "--micro-batch", 2, "--steps", 1, "--repeats", 2, "--num-workers", 0)
 
 
@@ -46,6 +48,73 @@ def test_profile_mode(tmp_path):
     spent = json.loads((tmp_path / "b.json").read_text())["ms_per_step"]
     assert {"matrix products", "attention", "optimizer", "EMA"} <= set(spent) <= {kind for kind, _ in KINDS} | {"element-wise and the rest"}
     assert max(spent, key=spent.get) in ("matrix products", "attention", "element-wise and the rest")
+
+
+def test_sample_mode(tmp_path):
+    run = process("tests/benchmark", "sample", "--device", "cpu", "--model", "SiT-Ti/2", "--vae", DEMO_VAE, "--batch-size", 2,
+                  "--num-steps", 4, "--repeats", 3, "--json", tmp_path / "b.json", cwd=tmp_path)
+    f = json.loads((tmp_path / "b.json").read_text())
+    for name in ("plain", "ours"):
+        assert len(f[name]["sampler_s"]) == 3
+        assert f[name]["images_per_s"] == pytest.approx(2 / (median(f[name]["sampler_s"]) + f["decode_ms"] / 1e3))
+        assert f[name]["hours_1_device"] == pytest.approx(50_000 / f[name]["images_per_s"] / 3600)
+        assert f[name]["hours_8_devices"] == pytest.approx(f[name]["hours_1_device"] / 8)
+    assert f["speedup"] == pytest.approx(median(a / b for a, b in zip(f["plain"]["sampler_s"], f["ours"]["sampler_s"])))
+    assert f["decode_share"] == pytest.approx(f["decode_ms"] / (f["decode_ms"] + 1e3 * median(f["ours"]["sampler_s"])))
+    # on a CPU the plain loop is true float32, so that the same noise and labels give the same latents to the bit
+    assert f["plain"]["difference_from_float32"] == 0
+    assert 1e-7 < f["difference_nudged"] < 0.03 and 1e-5 < f["ours"]["difference_from_float32"] < 0.03
+    assert f["difference_other_seed"] > 0.3
+    # t = 1, 0.68, 0.36, 0.04: one call without guidance and three with it, which have twice the images
+    assert f["guided_call_ms"] > 1.2 * f["unguided_call_ms"]
+    assert median(f["ours"]["sampler_s"]) > 0.4e-3 * (f["unguided_call_ms"] + 3 * f["guided_call_ms"])
+    assert f["made_with"]["precision"] == "bf16" and f"{f['speedup']:.2f} times as fast" in run.stdout
+
+
+def test_extract_mode(tmp_path):
+    run = process("tests/benchmark", "extract", "--device", "cpu", "--vae", DEMO_VAE, "--image-size", 64, "--count", 30,
+                  "--num-workers", 0, "--repeats", 3, "--json", tmp_path / "b.json", cwd=tmp_path)
+    f = json.loads((tmp_path / "b.json").read_text())
+    for name in ("loader", "encoder", "whole"):
+        assert len(f[f"{name}_s"]) == 3 and f[f"{name}_images_per_s"] == pytest.approx(30 / median(f[f"{name}_s"]))
+    # without loader processes nothing overlaps: the whole takes as long as its parts
+    assert median(f["whole_s"]) > 0.6 * (median(f["loader_s"]) + median(f["encoder_s"])) and f["whole_over_slower"] < 1.3
+    assert f["whole_over_slower"] == pytest.approx(
+        median(max(a, b) / c for a, b, c in zip(f["loader_s"], f["encoder_s"], f["whole_s"])))
+    assert f["hours_imagenet_1_device"] == pytest.approx(1_281_167 / f["whole_images_per_s"] / 3600)
+    assert f["hours_imagenet_8_devices"] == pytest.approx(f["hours_imagenet_1_device"] / 8)
+    assert 100 < f["resident_mib_at_quarter"] and abs(f["resident_mib_at_end"] - f["resident_mib_at_quarter"]) < 100
+    assert 60 < f["jpeg_kib"] < 160  # ImageNet's mean is about 110
+    assert f["peak_gpu_gib"] is None and f["made_with"]["precision"] == "fp32"
+    assert f"{f['whole_images_per_s']:.1f}" in run.stdout
+
+
+def test_fid_mode(tmp_path):
+    run = process("tests/benchmark", "fid", "--device", "cpu", "--count", 18, "--batch-size", 8, "--image-size", 64,
+                  "--pr-count", 500, "--json", tmp_path / "b.json", cwd=tmp_path)
+    f = json.loads((tmp_path / "b.json").read_text())
+    seconds = f["seconds"]
+    for name in ("reading", "network"):
+        assert f[f"{name}_images_per_s"] == pytest.approx(18 / seconds[name])
+    assert f["extract_images_per_s"] == pytest.approx(36 / sum(f["extract_s"]))
+    assert f["extract_images_per_s"] < 1.3 * f["network_images_per_s"] < f["reading_images_per_s"]
+    assert f["minutes_per_1000_images"] == pytest.approx(1000 / f["extract_images_per_s"] / 60)
+    assert f["pr_points"] == [500, 500] and seconds["precision_recall_many"] > seconds["precision_recall"] > 0
+    whole = 60_000 / f["extract_images_per_s"] + seconds["fid"] + seconds["sfid"] + seconds["inception_score"] * 50_000 / 18
+    whole += seconds["precision_recall_many"] * (50_000**2 + 10_000**2 + 50_000 * 10_000) / (3 * 500**2)
+    assert f["minutes_50k_and_10k_extrapolated"] == pytest.approx(whole / 60)
+    metrics = f["metrics"]  # two sets of one distribution: near, and not the same
+    assert metrics["FID"] > 0 and metrics["sFID"] > 0 and 1 <= metrics["IS"] < 18
+    assert 0 < metrics["Precision"] <= 1 and 0 < metrics["Recall"] <= 1
+    assert 100 < f["peak_resident_mib_extract"] <= f["peak_resident_mib"]
+    assert f"{f['minutes_50k_and_10k_extrapolated']:.1f}, extrapolated" in run.stdout
+
+
+def test_what_a_mode_cannot_do(capsys):
+    for words, says in ((("sample", "--precision", "fp32"), "--precision"), (("fid", "--precision", "bf16"), "--precision"),
+                        (("fid", "--pr-count", "3"), "--pr-count"), (("fid", "--count", "3"), "--count")):
+        status, _, stderr = cli(capsys, "benchmark", *words, "--device", "cpu")
+        assert status == 2 and stderr.strip().count("\n") == 0 and says in stderr
 
 
 def test_a_device_that_is_not_there(capsys, monkeypatch):
