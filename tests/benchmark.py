@@ -3,7 +3,7 @@
     python tests/benchmark.py train                                      # or torchrun --nproc_per_node=8 tests/benchmark.py train
     python tests/benchmark.py profile                                    # where the time of a step goes
     python tests/benchmark.py memory                                     # the largest --micro-batch of a 24 and an 80 GB GPU
-    python tests/benchmark.py train --device cpu --model SiT-Ti/2 --micro-batch 8 --steps 2      # small, anywhere
+    python tests/benchmark.py train --device cpu --model SiT-Ti/2 --micro-batch 8 --steps 2 --repa-encoder dinov2_vitt14
     python tests/benchmark.py sample                                     # sample.py's loop beside a plain float32 one
     python tests/benchmark.py extract                                    # extract_latents.py: its loader, its encoder, both
     python tests/benchmark.py fid                                        # fid.py: reading, the network, every metric
@@ -11,8 +11,9 @@
     python tests/benchmark.py extract --device cpu --vae tests/demo_vae --image-size 64          # small, anywhere
     python tests/benchmark.py fid --device cpu                                                   # small, anywhere
 
-Plain SiT and VAE-REPA take turns in one process, so that their ratio holds while the machine's speed drifts; figures are medians
-over the turns. Both run train.py's own step on latents read from disk by its own loader.
+Plain SiT, VAE-REPA, REPA and SRA take turns in one process, so that their ratios hold while the machine's speed drifts; figures
+are medians over the turns. All run train.py's own step on latents, and REPA on images, read from disk by its own loader. REPA's
+encoder is tests/hub's, of DINOv2's sizes with random weights; dinov2_vitl14, the paper's in this table, unless told otherwise.
 
 The last three call the scripts' own functions on one device, with random weights and random images, whose files the system still
 has in memory. The start of the loader's processes counts, so that a small --count shows less than a long run has.
@@ -46,48 +47,99 @@ from extract_latents import (ImageFiles, Parser, ResumableArray, decode, encode,
                              init_distributed, list_images, load_vae, natural, positive_int, reason, run, write_json)
 from fid import (DRAWN, Images, InceptionV3, apply, extract, frechet_distance, inception_score,  # noqa: E402
                  precision_recall, read_ahead)
-from models import ALIGN_DEPTHS, SiT_models  # noqa: E402
-from sample import guided_velocity, randn_like, sample_sde, stream, to_bf16  # noqa: E402
-from train import Latents, StepBatches, build_training, draw_step, sample_posterior, training_step  # noqa: E402
+from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models  # noqa: E402
+from sample import HEADS, build_model, guided_velocity, randn_like, sample_sde, stream, to_bf16  # noqa: E402
+from train import (Latents, StepBatches, build_alignments, build_training, draw_step, sample_posterior,  # noqa: E402
+                   training_losses, training_step)
 
 # Table 4, measured on H100s at a global batch of 256: external + head parameters (M), it/s, GFLOPs, forward latency (ms)
-PAPER = {("SiT-XL/2", "plain"): (0, 0, 8.1, 114.46, 18.05), ("SiT-XL/2", "VAE-REPA"): (0, 18, 7.2, 118.55, 19.20)}
-LATENT_SHAPE, NUM_CLASSES, PAPER_GPUS, PAPER_BATCH = (4, 32, 32), 1000, 8, 256
+PAPER = {("SiT-XL/2", "plain"): (0, 0, 8.1, 114.46, 18.05), ("SiT-XL/2", "VAE-REPA"): (0, 18, 7.2, 118.55, 19.20),
+         ("SiT-XL/2", "REPA"): (303, 8, 5.4, 194.50, 29.03), ("SiT-XL/2", "SRA"): (481, 2, 5.1, 197.57, 30.90)}
+LATENT_SHAPE, IMAGE_SIZE, NUM_CLASSES, PAPER_GPUS, PAPER_BATCH = (4, 32, 32), 256, 1000, 8, 256
+LATENTS = 512  # in the set that training reads
+METHODS = ["plain", "VAE-REPA", "REPA", "SRA"]
 GUIDANCE = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}  # of the paper's Table 3
 IMAGENET, SAMPLES = 1_281_167, 50_000
 
 
-def count_macs(model):
-    """(as the paper counts, with attention): multiply-adds of a forward pass of one image, of a model on the meta device.
+def settings_of(method, model, repa_dim=1024):
+    """The settings that train.py gives a run of one of the methods."""
+    size = model.split("-")[1].split("/")[0]
+    student, teacher = SRA_DEPTHS[size]
+    return {"model": model, "seed": 0, "lr": 1e-4, "data": {"latent_shape": list(LATENT_SHAPE), "num_classes": NUM_CLASSES},
+            "vae_repa_depth": ALIGN_DEPTHS[size] if method == "VAE-REPA" else 0,
+            "repa_depth": ALIGN_DEPTHS[size] if method == "REPA" else 0, "repa_dim": repa_dim,
+            "sra_depth": student if method == "SRA" else 0, "sra_teacher_depth": teacher}
 
-    The paper's count is fvcore's: linear layers and convolutions, 4 per element of a LayerNorm, no product inside attention.
+
+def count_macs(settings, encoder=None):
+    """(as the paper counts, with attention, the external part of the latter): multiply-adds of a training step's forward passes.
+
+    Of one image: the model with its heads, REPA's encoder and SRA's teacher, on the meta device. The paper's count is fvcore's:
+    linear layers and convolutions, 4 per element of a LayerNorm, no product inside attention.
     """
+    with torch.device("meta"):
+        model = build_model(settings, heads=True)
+        size = model.input_size
+        inputs = torch.zeros(1, model.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        tokens, width = (size // model.patch_size) ** 2, model.blocks[0].mlp.fc2.out_features
+        own, external = hooked(model, model, *inputs, return_align=True), 0
+        products, external_products = len(model.blocks) * 2 * tokens**2 * width, 0
+        if settings["sra_depth"]:
+            depth = settings["sra_teacher_depth"]
+            external, external_products = hooked(model, model.block_output, *inputs, depth), depth * 2 * tokens**2 * width
+        if encoder:
+            image = torch.zeros(1, 3, encoder.input_size, encoder.input_size)
+            network = copy.deepcopy(encoder.network).to("meta")
+            external = hooked(network, network.forward_features, image)
+            external_products = len(network.blocks) * 2 * (encoder.side**2 + 1) ** 2 * encoder.dim
+    everything = own + external + products + external_products
+    return own + external, everything, external + external_products
+
+
+def hooked(module, function, *inputs, **options):
+    """Multiply-adds of the module's layers as function(*inputs, **options) runs them."""
     counted = []
-    hooks = [module.register_forward_hook(lambda module, _, y: counted.append(macs(module, y)))
-             for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm))]
-    size = model.input_size
-    x, t, y = (torch.zeros(shape, device="meta", dtype=kind) for shape, kind in
-               (((1, model.in_channels, size, size), None), ((1,), None), ((1,), torch.long)))
-    model(x, t, y, return_align=True)
+    hooks = [layer.register_forward_hook(lambda layer, _, y: counted.append(macs(layer, y)))
+             for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm))]
+    function(*inputs, **options)
     for hook in hooks:
         hook.remove()
-    tokens = (size // model.patch_size) ** 2
-    return sum(counted), sum(counted) + sum(2 * tokens**2 * block.mlp.fc2.out_features for block in model.blocks)
+    return sum(counted)
 
 
-def macs(module, y):
-    if isinstance(module, nn.LayerNorm):
-        return 4 * y.numel()
-    fan_in = module.weight[0].numel()
-    return y.numel() * fan_in
+def macs(layer, y):
+    return y.numel() * (4 if isinstance(layer, nn.LayerNorm) else layer.weight[0].numel())
 
 
-def write_latents(folder, count=2048):
-    """A set of random moments in the form that train.py reads."""
+def external_parameters(settings, encoder=None):
+    """Of REPA's encoder, or of the part of the EMA model that is SRA's teacher."""
+    if encoder:
+        return sum(p.numel() for p in encoder.network.parameters())
+    if not settings["sra_depth"]:
+        return 0
+    with torch.device("meta"):
+        model = build_model(settings)
+    parts = [model.x_embedder, model.t_embedder, model.y_embedder, *model.blocks[: settings["sra_teacher_depth"]]]
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def load_encoder(name):
+    """REPA's encoder with random weights."""
+    hub = str(Path(__file__).resolve().parent / "hub")
+    try:
+        return Encoder(torch.hub.load(hub, name, source="local", pretrained=False), IMAGE_SIZE)
+    except RuntimeError as error:
+        fail(f"--repa-encoder {name}: {reason(error)}")
+
+
+def write_latents(folder):
+    """A set of random moments and images in the form that train.py reads."""
     rng = np.random.default_rng(0)
     channels, *size = LATENT_SHAPE
-    np.save(folder / "moments.npy", rng.random((count, 2 * channels, *size), np.float32).astype(np.float16))
-    np.save(folder / "labels.npy", rng.integers(NUM_CLASSES, size=count))
+    np.save(folder / "moments.npy", rng.random((LATENTS, 2 * channels, *size), np.float32).astype(np.float16))
+    np.save(folder / "labels.npy", rng.integers(NUM_CLASSES, size=LATENTS))
+    np.save(folder / "images.npy", rng.integers(0, 256, (LATENTS, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
 
 
 def synchronise(device):
@@ -98,21 +150,26 @@ def synchronise(device):
 class Run:
     """One method, ready to take steps: the objects that train.py's main holds."""
 
-    def __init__(self, depth, options, folder, device, rank, world_size):
+    def __init__(self, method, options, folder, device, rank, world_size):
         self.device, self.rank, self.world_size, self.step = device, rank, world_size, 0
-        self.args = SimpleNamespace(micro_batch=options.micro_batch, precision=options.precision, vae_repa_loss="smooth_l1",
-                                    vae_repa_beta=0.05, vae_repa_weight=1.0, grad_clip=1.0, ema_decay=0.9999)
-        settings = {"model": options.model, "vae_repa_depth": depth, "seed": 0, "lr": 1e-4, "compile": options.compile,
-                    "data": {"latent_shape": list(LATENT_SHAPE), "num_classes": NUM_CLASSES}}
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         started = time.perf_counter()
-        self.model, self.ema, self.optimizer = build_training(settings, device)
+        self.encoder = load_encoder(options.repa_encoder).to(device) if method == "REPA" else None
+        self.settings = {**settings_of(method, options.model, self.encoder.dim if self.encoder else 0), "compile": options.compile}
+        self.args = SimpleNamespace(micro_batch=options.micro_batch, precision=options.precision, vae_repa_loss="smooth_l1",
+                                    vae_repa_beta=0.05, vae_repa_weight=1.0, repa_weight=0.5, sra_weight=0.2, grad_clip=1.0,
+                                    ema_decay=0.9999, sra_teacher_depth=self.settings["sra_teacher_depth"])
+        self.model, self.ema, self.optimizer = build_training(self.settings, device)
+        if self.encoder and options.precision == "bf16":
+            to_bf16(self.encoder)
+        self.alignments = build_alignments(self.args, self.ema, self.encoder)
         self.wrapped = self.model
         if world_size > 1:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.batch = options.micro_batch * world_size
-        order = StepBatches(2048, self.batch, 0, 0, 10**9, rank, world_size)
-        self.loader = iter(DataLoader(Latents(folder), batch_sampler=order, num_workers=options.num_workers, pin_memory=device.type == "cuda"))
+        order = StepBatches(LATENTS, self.batch, 0, 0, 10**9, rank, world_size)
+        self.loader = iter(DataLoader(Latents(folder, method == "REPA"), batch_sampler=order, num_workers=options.num_workers,
+                                      pin_memory=device.type == "cuda"))
         self.kept = next(self.loader)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -126,25 +183,30 @@ class Run:
         synchronise(self.device)
         started = time.perf_counter()
         for _ in range(steps):
-            moments, y = (values.to(self.device, non_blocking=True) for values in (next(self.loader) if from_disk else self.kept))
+            moments, y, *images = (values.to(self.device, non_blocking=True) for values in (next(self.loader) if from_disk else self.kept))
             mine = slice(self.rank * len(y), (self.rank + 1) * len(y))
-            eps, noise, t, drop, align = (values[mine] for values in draw_step(self.batch, LATENT_SHAPE, 0, self.step, (0, 1), 0.1, self.device))
-            x = sample_posterior(moments, eps, 0.0, 0.18215)
-            training_step(self.wrapped, self.model, self.ema, self.optimizer, x, torch.where(drop, NUM_CLASSES, y), t, noise, align, self.args)
+            eps, noise, t, drop, share, u = (values[mine] for values in draw_step(
+                self.batch, LATENT_SHAPE, 0, self.step, (0, 1), 0.1, self.device))
+            batch = {"x": sample_posterior(moments, eps, 0.0, 0.18215), "noise": noise, "t": t, "vae_repa_share": share,
+                     "y": torch.where(drop, NUM_CLASSES, y), "t_teacher": (t - 0.2 * u).clamp(min=0)}
+            batch |= {"images": images[0]} if images else {}
+            training_step(self.wrapped, self.model, self.ema, self.optimizer, batch, self.alignments, 0, self.args)
             self.step += 1
         synchronise(self.device)
         return time.perf_counter() - started
 
     @torch.no_grad()
     def latency(self, repeats=20):
-        """Median milliseconds of a forward pass of one image, head included."""
+        """Median milliseconds of the forward passes of one image: model, heads, REPA's encoder, SRA's teacher."""
         x, t, y = torch.zeros(1, *LATENT_SHAPE, device=self.device), torch.zeros(1, device=self.device), torch.zeros(1, device=self.device, dtype=torch.long)
+        batch = {"x": x, "noise": x, "t": t, "t_teacher": t, "y": y,
+                 "images": torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device, dtype=torch.uint8)}
         times = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             for _ in range(repeats):
                 synchronise(self.device)
                 started = time.perf_counter()
-                self.model(x, t, y, return_align=True)
+                training_losses(self.model, batch, self.alignments)
                 synchronise(self.device)
                 times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times)
@@ -165,31 +227,32 @@ def product_rate(device, precision):
 
 
 def measure(options, device, rank, world_size):
-    """Figures of both methods, by name."""
-    depth = ALIGN_DEPTHS[options.model.split("-")[1].split("/")[0]]
+    """Figures of the methods, by name."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         write_latents(Path(folder))
-        runs = {name: Run(d, options, folder, device, rank, world_size) for name, d in (("plain", 0), ("VAE-REPA", depth))}
-        times = {(name, disk): [] for name in runs for disk in (True, False)}
+        runs = {method: Run(method, options, folder, device, rank, world_size) for method in options.methods}
+        times = {(method, disk): [] for method in runs for disk in (True, False)}
         for _ in tqdm(range(options.repeats), desc="turns", disable=rank > 0):
             for key in times:
                 times[key].append(runs[key[0]].seconds(options.steps, key[1]) / options.steps)
         rate = product_rate(device, options.precision)
-        for name, state in runs.items():
-            with torch.device("meta"):
-                bare = SiT_models[options.model](vae_repa_depth=state.model.vae_repa_depth)
-            paper_macs, all_macs = count_macs(bare)
-            step = statistics.median(times[name, True])
-            figures[name] = {
-                "external_parameters_m": 0, "head_parameters_m": sum(p.numel() for k, p in bare.named_parameters() if k.startswith("vae_repa_head")) / 1e6,
+        for method, state in runs.items():
+            paper_macs, all_macs, external = count_macs(state.settings, state.encoder)
+            step = statistics.median(times[method, True])
+            figures[method] = {
+                "external_parameters_m": external_parameters(state.settings, state.encoder) / 1e6,
+                "head_parameters_m": sum(p.numel() for key, p in state.model.named_parameters() if key.startswith(HEADS)) / 1e6,
                 "gflops_as_paper": paper_macs / 1e9, "gflops_with_attention": all_macs / 1e9, "latency_ms": state.latency(),
-                "images_per_s": state.batch / step, "step_ms": [1e3 * s for s in times[name, True]],
+                "images_per_s": state.batch / step, "step_ms": [1e3 * s for s in times[method, True]],
                 "it_per_s_at_256": 1 / step if state.batch == PAPER_BATCH else state.batch / world_size / step * PAPER_GPUS / PAPER_BATCH,
                 "it_per_s_measured": state.batch == PAPER_BATCH, "peak_memory_gib": state.memory, "start_up_s": state.start_up,
-                "utilisation": 3 * 2 * all_macs * state.batch / world_size / step / rate, "product_tflops": rate / 1e12,
-                "loader_ratio": statistics.median(a / b for a, b in zip(times[name, True], times[name, False]))}
-        figures["VAE-REPA"]["cost_over_plain"] = statistics.median(a / b - 1 for a, b in zip(times["VAE-REPA", True], times["plain", True]))
+                # a multiply-add is 2 operations, and the backward pass twice a forward; the external part has none
+                "utilisation": 2 * (3 * all_macs - 2 * external) * state.batch / world_size / step / rate, "product_tflops": rate / 1e12,
+                "loader_ratio": statistics.median(a / b for a, b in zip(times[method, True], times[method, False]))}
+            if "plain" in runs and method != "plain":
+                figures[method]["cost_over_plain"] = statistics.median(
+                    a / b - 1 for a, b in zip(times[method, True], times["plain", True]))
     return figures
 
 
@@ -197,21 +260,24 @@ def print_table(figures, options, world_size):
     how = "compiled" if options.compile else "eager"
     print(f"\n{options.model}, {options.micro_batch} images per device, {world_size} x {hardware(options.device)}, {options.precision}, "
           f"{how}, torch {torch.__version__}; in brackets: the paper's Table 4, on H100s\n")
-    rows = [("external + head, M", lambda f, p: f"{f['external_parameters_m']} + {f['head_parameters_m']:.1f}" + (f" ({p[0]} + {p[1]})" if p else "")),
+    rows = [("external + head, M", lambda f, p: f"{f['external_parameters_m']:.0f} + {f['head_parameters_m']:.1f}" + (f" ({p[0]} + {p[1]})" if p else "")),
             ("GFLOPs, paper's count", lambda f, p: f"{f['gflops_as_paper']:.2f}" + (f" ({p[3]})" if p else "")),
             ("GFLOPs with attention", lambda f, p: f"{f['gflops_with_attention']:.2f}"),
             ("forward of 1 image, ms", lambda f, p: f"{f['latency_ms']:.2f}" + (f" ({p[4]})" if p else "")),
             ("images/s", lambda f, p: f"{f['images_per_s']:.1f}" + (f" ({p[2] * PAPER_BATCH / PAPER_GPUS:.0f} per GPU)" if p else "")),
             ("step, ms: min median max", lambda f, p: " ".join(f"{g(f['step_ms']):.1f}" for g in (min, statistics.median, max))),
-            ("it/s at batch 256", lambda f, p: f"{f['it_per_s_at_256']:.2f}{'' if f['it_per_s_measured'] else ' on 8 such, extrapolated'}" + (f" ({p[2]})" if p else "")),
+            ("it/s at batch 256", lambda f, p: f"{f['it_per_s_at_256']:.2f}{'' if f['it_per_s_measured'] else ', extrapolated to 8'}" + (f" ({p[2]})" if p else "")),
             ("peak memory, GiB", lambda f, p: "not measured" if f["peak_memory_gib"] is None else f"{f['peak_memory_gib']:.2f}"),
             ("utilisation", lambda f, p: f"{100 * f['utilisation']:.1f} % of {f['product_tflops']:.3g} TFLOP/s"),
             ("disk / repeated batch", lambda f, p: f"{f['loader_ratio']:.3f}"),
             ("start-up, s", lambda f, p: f"{f['start_up_s']:.1f}")]
-    print(f"{'':26}" + "".join(f"{name:>38}" for name in figures))
+    print(f"{'':26}" + "".join(f"{name:>32}" for name in figures))
     for name, cell in rows:
-        print(f"{name:26}" + "".join(f"{cell(f, PAPER.get((options.model, method))):>38}" for method, f in figures.items()))
-    print(f"\nVAE-REPA's step costs {100 * figures['VAE-REPA']['cost_over_plain']:+.1f} % (paired median; paper: 8.1 -> 7.2 it/s, +12.5 %)")
+        print(f"{name:26}" + "".join(f"{cell(f, PAPER.get((options.model, method))):>32}" for method, f in figures.items()))
+    for method, f in figures.items():
+        if "cost_over_plain" in f:
+            print(f"{method}'s step costs {100 * f['cost_over_plain']:+.1f} % more than plain SiT's (paired median; paper, SiT-XL/2: "
+                  f"{100 * (PAPER['SiT-XL/2', 'plain'][2] / PAPER['SiT-XL/2', method][2] - 1):+.1f} %)")
 
 
 KINDS = [("optimizer", "adam"), ("EMA", "lerp"), ("gradient clipping", "norm_|lpnorm|clip_|foreach_norm|foreach_mul"),
@@ -221,10 +287,9 @@ KINDS = [("optimizer", "adam"), ("EMA", "lerp"), ("gradient clipping", "norm_|lp
 
 def profile(options, device, rank, world_size):
     """Milliseconds per step of VAE-REPA, by kind of kernel (of operator, on a CPU)."""
-    depth = ALIGN_DEPTHS[options.model.split("-")[1].split("/")[0]]
     with tempfile.TemporaryDirectory() as folder:
         write_latents(Path(folder))
-        state = Run(depth, options, folder, device, rank, world_size)
+        state = Run("VAE-REPA", options, folder, device, rank, world_size)
         wall = state.seconds(options.steps) / options.steps
         started = time.perf_counter()
         for _ in range(options.steps):
@@ -247,7 +312,6 @@ def profile(options, device, rank, world_size):
 
 def largest_micro_batch(options, device, limit_gib):
     """The largest --micro-batch, to within 4, whose step stays within limit_gib of this GPU; 0 if none does."""
-    depth = ALIGN_DEPTHS[options.model.split("-")[1].split("/")[0]]
     torch.cuda.set_per_process_memory_fraction(min(limit_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, 1.0))
     fits, too_large = 0, 4 * 256
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +319,7 @@ def largest_micro_batch(options, device, limit_gib):
         while too_large - fits > 4:
             options.micro_batch = (fits + too_large) // 8 * 4
             try:
-                Run(depth, options, folder, device, 0, 1)
+                Run("VAE-REPA", options, folder, device, 0, 1)
                 fits = options.micro_batch
             except torch.OutOfMemoryError:
                 too_large = options.micro_batch
@@ -557,6 +621,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("mode", choices=["train", "profile", "memory", *ON_ONE_DEVICE], help="what to measure")
     parser.add_argument("--model", default="SiT-XL/2", choices=list(SiT_models), metavar="SiT-{XL,L,B,S,Ti}/{1,2,4,8}", help="size/patch size")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="what train compares")
+    parser.add_argument("--repa-encoder", default="dinov2_vitl14", help="REPA's: dinov2_vitl14, dinov2_vitb14 or, tiny, dinov2_vitt14")
     parser.add_argument("--micro-batch", type=positive_int, default=PAPER_BATCH // PAPER_GPUS, help="images per step and device")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, else fp32")
@@ -585,6 +651,8 @@ def main():
         fail("--device cuda: there is no CUDA device here")
     if options.mode == "memory" and options.device != "cuda":
         fail("the mode memory asks a GPU how much it holds, and there is none here")
+    if options.mode == "train" and "REPA" in options.methods and not options.model.endswith("/2"):
+        fail(f"REPA's encoder has 16x16 tokens and {options.model} has others; take a model /2, or leave REPA out of --methods")
     if options.mode == "fid" and min(options.count, options.pr_count) < 4:
         fail("precision and recall look for third neighbours, so that --count and --pr-count must be at least 4")
     if options.mode in ("extract", "fid") and not Path("/proc/self/status").exists():

@@ -5,41 +5,54 @@ from statistics import median
 
 import pytest
 import torch
-from benchmark import KINDS, PAPER, count_macs
+from benchmark import KINDS, METHODS, PAPER, count_macs, external_parameters, load_encoder, settings_of
 from conftest import ROOT, cli, process
 
-from models import SiT_models
+from sample import HEADS, build_model
 
 DEMO_VAE = ROOT / "tests" / "demo_vae"
-SMALL = ("--device", "cpu", "--model", "SiT-Ti/4", "--micro-batch", 2, "--steps", 1, "--repeats", 2, "--num-workers", 0)
+SMALL = ("--device", "cpu", "--model", "SiT-Ti/2", "--micro-batch", 2, "--steps", 1, "--repeats", 2, "--num-workers", 0,
+         "--repa-encoder", "dinov2_vitt14")
 
 
-@pytest.mark.parametrize("method, depth", [("plain", 0), ("VAE-REPA", 8)])
-def test_gflops_and_parameters_are_the_papers(method, depth):
-    with torch.device("meta"):
-        model = SiT_models["SiT-XL/2"](vae_repa_depth=depth)
-    as_paper, with_attention = count_macs(model)
-    _, head_m, _, gflops, _ = PAPER["SiT-XL/2", method]
+@pytest.mark.parametrize("method", METHODS)
+def test_gflops_and_parameters_are_the_papers(method):
+    """Table 4, to the digit that it prints; for SRA's head it says 2 M, and its GFLOPs are those of a head of 5.3 M."""
+    encoder = load_encoder("dinov2_vitl14") if method == "REPA" else None
+    settings = settings_of(method, "SiT-XL/2")
+    as_paper, with_attention, external = count_macs(settings, encoder)
+    external_m, head_m, _, gflops, _ = PAPER["SiT-XL/2", method]
     assert as_paper / 1e9 == pytest.approx(gflops, abs=0.02)
-    assert with_attention - as_paper == 28 * 2 * 256**2 * 1152  # QK^T and AV of 28 blocks, 256 tokens of width 1152
-    assert int(sum(p.numel() for name, p in model.named_parameters() if name.startswith("vae_repa_head")) / 1e6) == head_m
+    products = 28 * 2 * 256**2 * 1152  # QK^T and AV of 28 blocks, 256 tokens of width 1152
+    products += {"REPA": 24 * 2 * 257**2 * 1024, "SRA": 20 * 2 * 256**2 * 1152}.get(method, 0)
+    assert with_attention - as_paper == products
+    assert (external > 0.3 * with_attention) == (method in ("REPA", "SRA")) and external < with_attention / 2
+    assert abs(external_parameters(settings, encoder) / 1e6 - external_m) < 1
+    with torch.device("meta"):
+        model = build_model(settings, heads=True)
+    head = sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS))
+    assert head == 5_311_872 if method == "SRA" else int(head / 1e6) == head_m
 
 
 def test_train_mode(tmp_path):
     run = process("tests/benchmark", "train", *SMALL, "--json", tmp_path / "b.json", cwd=tmp_path)
     figures = json.loads((tmp_path / "b.json").read_text())
     plain, aligned = figures["plain"], figures["VAE-REPA"]
+    assert figures["REPA"]["external_parameters_m"] > 0 == aligned["external_parameters_m"] < figures["SRA"]["external_parameters_m"]
     assert plain["head_parameters_m"] == 0 < aligned["head_parameters_m"] and plain["gflops_as_paper"] < aligned["gflops_as_paper"]
-    for name in ("plain", "VAE-REPA"):
+    for name in METHODS:
         f = figures[name]
         assert len(f["step_ms"]) == 2 and f["images_per_s"] == pytest.approx(2e3 / (sum(f["step_ms"]) / 2))
         # 8 devices at 32 images each are a batch of 256; here a step has 2
         assert f["it_per_s_at_256"] == pytest.approx(f["images_per_s"] * 8 / 256) and not f["it_per_s_measured"]
-        flops = 6e9 * f["gflops_with_attention"] * f["images_per_s"]
+        settings = settings_of(name, "SiT-Ti/2", 32)
+        _, macs, external = count_macs(settings, load_encoder("dinov2_vitt14") if name == "REPA" else None)
+        assert f["gflops_with_attention"] == macs / 1e9
+        flops = (6 * (macs - external) + 2 * external) * f["images_per_s"]
         assert f["utilisation"] == pytest.approx(flops / (1e12 * f["product_tflops"]))
     assert aligned["cost_over_plain"] == pytest.approx(
         sum(a / b - 1 for a, b in zip(aligned["step_ms"], plain["step_ms"])) / 2)
-    assert figures["made_with"]["model"] == "SiT-Ti/4" and figures["made_with"]["torch"] == torch.__version__
+    assert figures["made_with"]["model"] == "SiT-Ti/2" and figures["made_with"]["torch"] == torch.__version__
     assert f"{aligned['images_per_s']:.1f}" in run.stdout and "utilisation" in run.stdout
 
 
