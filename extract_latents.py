@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -155,6 +156,8 @@ def reason(error):
 def fail(message, status=2):
     """Print one sentence on stderr and exit."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        with contextlib.suppress(ValueError):  # in a thread, which may set no handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training only notes it
         time.sleep(10)  # under torchrun the first process speaks for all: once it has failed, torchrun ends the others
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears the line of a progress bar first
     sys.exit(status)
