@@ -10,9 +10,11 @@ no encoder. Run the same command again and it resumes; `--vae-repa-depth 0` is p
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -202,6 +204,13 @@ def leave_signals_to_the_parent(worker):
     """For the processes that read latents: a signal sent to all of a job must not end them while training finishes a step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_readers():
+    """Whatever ends training, they go with it: an exception would wait for them for ever, since they ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their death
+    for reader in multiprocessing.active_children():
+        reader.kill()
 
 
 def any_signal(group):
@@ -423,6 +432,7 @@ def main():
     bad_step = torch.full((), NEVER, device=device)  # first step whose loss or gradient is not finite
     totals, largest_norm = torch.zeros(3, device=device), torch.zeros((), device=device)
     done, since, clock = start, start, time.perf_counter()
+    atexit.register(end_readers)
     listen_for_signals()
     progress = tqdm(range(start, args.max_steps), desc="training", initial=start, total=args.max_steps, disable=rank > 0)
     for step in progress:
