@@ -212,7 +212,10 @@ def init_distributed(backend=None, timeout=None):
     device = torch.device(kind, local_rank if cuda else 0)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
+    timeout = timeout or dist.default_pg_timeout
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # holds addresses of processes killed
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout, store=store, rank=rank, world_size=world_size)
     return dist.get_rank(), dist.get_world_size(), device
 
 
