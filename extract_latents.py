@@ -95,6 +95,7 @@ class ImageFiles(Dataset):
 
 def load_vae(name):
     """A diffusers autoencoder in float32 from a hub name or a local folder; "owner/name/subfolder" reads a subfolder."""
+    name = str(name)
     parts = [name] if Path(name).exists() or name.startswith((".", "/")) else name.split("/")
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     try:
@@ -301,11 +302,26 @@ class ResumableArray:
             lock(f"{path}.lock", path)
         if self.settings.exists():
             check_same_settings(self.partial, read_json(self.settings), settings)
+            self.check(shape)
         elif rank == 0:
-            np.lib.format.open_memmap(self.partial, "w+", dtype, shape)
-            self.progress.write_bytes(bytes(shape[0]))
+            try:
+                np.lib.format.open_memmap(self.partial, "w+", dtype, shape)
+                self.progress.write_bytes(bytes(shape[0]))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.partial)) from error
             write_json(self.settings, settings)  # last: it says that the two others are ready
         barrier()
+
+    def check(self, shape):
+        """Fail if what a power cut may lose is not there, rather than take rows that nobody wrote for done."""
+        try:
+            done = self.progress.read_bytes()
+            whole = len(done) == shape[0] and (
+                (all(done) and not self.partial.exists()) or np.load(self.partial, mmap_mode="r").shape == tuple(shape))
+        except (OSError, ValueError, EOFError):
+            whole = False
+        if not whole:
+            fail(f"{self.partial} or {self.progress} is damaged; remove both and {self.settings}, and run the same command again")
 
     def batches(self, batch_size, rank=0, world_size=1):
         """This process's share of the batches still to do, as ranges of rows.
