@@ -170,6 +170,10 @@ def load_data(folder):
         data["num_classes"] = len(about["class_names"])
         moments, labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
         channels, height, width = data["latent_shape"]
+        if moments.dtype.kind != "f" or labels.dtype.kind not in "iu":
+            raise ValueError(f"arrays of type {moments.dtype} and {labels.dtype} are no moments and labels")
+        if any(type(number) is not int for number in (data["count"], *data["latent_shape"])):
+            raise ValueError("count and latent_shape are not whole numbers")
         if moments.shape != (data["count"], 2 * channels, height, width) or labels.shape != (data["count"],):
             raise ValueError(f"arrays of shape {moments.shape} and {labels.shape} do not match latents.json")
         if height != width:
@@ -323,8 +327,10 @@ def comparable(settings):
     """The settings that a run may not change when it resumes, flat."""
     free = ("run_dir", "micro_batch", "max_steps", "compile", "num_workers", "log_every", "ckpt_every", "keep",
             "newest_every", "sample_every", "data")
+    settings = settings if isinstance(settings, dict) else {}  # of a damaged file: all differ
+    data = settings.get("data") if isinstance(settings.get("data"), dict) else {}
     own = {key: value for key, value in settings.items() if key not in free}
-    return {**own, **{f"data {key}": value for key, value in settings["data"].items()}}
+    return {**own, **{f"data {key}": value for key, value in data.items()}}
 
 
 def draw_grid(ema, vae, data, args, path):
