@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from extract_latents import Parser, fail, init_distributed, positive_int, run, write_json  # noqa: E402
+from extract_latents import Parser, fail, init_distributed, natural, positive_int, run, write_json  # noqa: E402
 from models import ALIGN_DEPTHS, SiT_models  # noqa: E402
 from train import Latents, StepBatches, build_training, draw_step, sample_posterior, training_step  # noqa: E402
 
@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     parser.add_argument("--steps", type=positive_int, default=20 if torch.cuda.is_available() else 2, help="steps per turn")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each method")
-    parser.add_argument("--num-workers", type=int, default=4, help="processes that read latents")
+    parser.add_argument("--num-workers", type=natural, default=4, help="processes that read latents")
     parser.add_argument("--json", help="file to write (default: runs/benchmark-MODE.json)")
     options = parser.parse_args()
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
