@@ -2,6 +2,7 @@
 evaluation, on CPU processes that talk through gloo. The long campaigns: `python -m pytest tests -m slow -s`."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ from test_extract import decompression_bomb
 from test_train import assert_close_run, assert_same_run, data, fit, load, log, on_the_cpu, write_set  # noqa: F401
 
 import train
+from extract_latents import list_images
 
 NEWEST_EVERY = 3
 FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--newest-every", NEWEST_EVERY, "--keep", 2)
@@ -495,3 +497,287 @@ def test_keep_and_newest(capsys, data, tmp_path, monkeypatch):  # noqa: F811
     so_far = len(log(run))
     fit(capsys, data, run, *flags, "--max-steps", 10)
     assert [line["step"] for line in log(run)[so_far:]] == [10]
+
+
+# ---- bad input: one sentence that names the thing, exit status 2, nothing under a final name, no code run
+
+
+class Code:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+class Inputs:
+    """Paths of good inputs, in a folder of its own for each case, and ways to spoil them."""
+
+    def __init__(self, root, good):
+        self.root, self.good, self.out, self.marker = root, good, root / "out", root / "ran"
+        self.out.mkdir()
+
+    def __getattr__(self, name):
+        """A copy of one of the good inputs: latents, images, vae, ckpt, samples."""
+        source = self.__dict__["good"][name]
+        copy = self.root / source.name
+        if not copy.exists():
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+        return copy
+
+    def put(self, path, content):
+        """Put into the place of a file, or of a folder, something else."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        content(path) if callable(content) else path.write_text(content) if isinstance(content, str) else path.write_bytes(content)
+        return path
+
+    # contents
+    def code(self, path):
+        path.write_bytes(pickle.dumps({"ema": Code(self.marker)}))
+
+    def torch_code(self, path):
+        torch.save({"ema": {}, "step": 3, "opt": Code(self.marker)}, path)
+
+    def array_of_code(self, path):
+        with open(path, "wb") as file:
+            np.save(file, np.array([Code(self.marker)] * 12, object), allow_pickle=True)
+
+    def npz_of_code(self, path):
+        with open(path, "wb") as file:
+            np.savez(file, arr_0=np.array([Code(self.marker)] * 12, object))
+
+    def statistics_of_code(self, path):
+        with open(path, "wb") as file:
+            np.savez(file, arr_0=np.zeros((12, 32, 32, 3), np.uint8), mu=np.array([Code(self.marker)], object))
+
+    def json(self, path, **changes):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return path.parent
+
+    def checkpoint(self, path, **changes):
+        torch.save({**load(self.good["ckpt"]), **changes}, path)
+
+    def data_setting(self, **changes):
+        settings = load(self.good["ckpt"])["settings"]
+        return {**settings, "data": {**settings["data"], **changes}}
+
+    # commands
+    def train(self, *flags):
+        return "train", (*TINY, "--data", self.latents, "--run-dir", self.out / "run", "--max-steps", 3, *flags)
+
+    def sample(self, *flags):
+        return "sample", ("--ckpt", self.ckpt, "--num-samples", 4, "--num-steps", 2, "--out", self.out / "a.npz", *flags)
+
+    def extract(self, *flags):
+        return "extract_latents", ("--images", self.images, "--vae", self.vae, "--image-size", 32, "--num-workers", 0,
+                                   "--out", self.out / "latents", *flags)
+
+    def fid(self, *flags):
+        return "fid", (self.samples, "--ref", self.samples, "--detector", ROOT / "tests" / "demo_detector.pt", "--num-workers", 0, *flags)
+
+    def benchmark(self, *flags):
+        small = ("--device", "cpu", "--model", "SiT-Ti/4", "--micro-batch", 2, "--steps", 1, "--repeats", 1, "--num-workers", 0)
+        return "benchmark", ("profile", *small, "--json", self.out / "a.json", *flags)
+
+
+def folder(path):
+    path.mkdir()
+
+
+def bomb(path):
+    decompression_bomb(path)
+
+
+def swap(a, b):
+    a.rename(a.with_name("x"))
+    b.rename(a)
+    a.with_name("x").rename(b)
+    return a.parent
+
+
+def edited(path, change):
+    """Save an array again, changed."""
+    np.save(path, change(np.load(path)))
+    return path.parent
+
+
+def nan_at_0(x):
+    x = x.copy()
+    x.reshape(len(x), -1)[:, 0] = np.nan
+    return x
+
+
+def in_run(i, name, content):
+    return i.put(i.out / "run" / name, content)
+
+
+def ckpt_in_run(i, content):
+    return in_run(i, "checkpoints/0000003.pt", content)
+
+
+def partial_extraction(i, progress=bytes(12), partial=None, settings=None):
+    """What a killed extraction leaves."""
+    files, vae = list_images(i.images)[1], str(Path(i.vae).resolve())
+    about = {"vae": vae, "image_size": 32, "dtype": "float16", "count": 12,
+             "files_sha256": hashlib.sha256(os.fsencode("\n".join(files))).hexdigest()}
+    out = i.out / "latents" / "moments.npy"
+    i.put(Path(f"{out}.settings"), settings or json.dumps(about))
+    i.put(Path(f"{out}.progress"), progress)
+    i.put(Path(f"{out}.partial"), partial if partial is not None else (lambda path: np.lib.format.open_memmap(path, "w+", np.float16, (12, 8, 8, 8))))
+
+
+# (name, what it does to the inputs and the command that meets it, what the sentence says)
+BAD = [
+    # training: the latents
+    ("latents are a file", lambda i: (i.put(i.latents, "x"), i.train())[1], "no latents at"),
+    ("moments and labels swapped", lambda i: (swap(i.latents / "moments.npy", i.latents / "labels.npy"), i.train())[1], "damaged"),
+    ("moments are a folder", lambda i: (i.put(i.latents / "moments.npy", folder), i.train())[1], "damaged"),
+    ("latents.json is a folder", lambda i: (i.put(i.latents / "latents.json", folder), i.train())[1], "damaged"),
+    ("code in labels", lambda i: (i.put(i.latents / "labels.npy", i.array_of_code), i.train())[1], "damaged"),
+    ("code in moments", lambda i: (i.put(i.latents / "moments.npy", i.array_of_code), i.train())[1], "damaged"),
+    ("labels are a bare pickle", lambda i: (i.put(i.latents / "labels.npy", i.code), i.train())[1], "damaged"),
+    ("labels are an npz", lambda i: (i.put(i.latents / "labels.npy", i.npz_of_code), i.train())[1], "damaged"),
+    ("labels are not whole", lambda i: (edited(i.latents / "labels.npy", lambda x: x * np.nan), i.train())[1], "damaged"),
+    ("labels out of range", lambda i: (edited(i.latents / "labels.npy", lambda x: x + 2**40), i.train())[1], "damaged"),
+    ("moments are text", lambda i: (edited(i.latents / "moments.npy", lambda x: x.astype("U3")), i.train())[1], "damaged"),
+    ("moments are complex", lambda i: (edited(i.latents / "moments.npy", lambda x: x.astype(complex)), i.train())[1], "damaged"),
+    ("moments hold NaN", lambda i: (edited(i.latents / "moments.npy", nan_at_0), i.train())[1], "not finite at step 1"),
+    ("moments are infinite", lambda i: (edited(i.latents / "moments.npy", lambda x: x * np.inf), i.train())[1], "not finite at step 1"),
+    ("count is text", lambda i: (i.json(i.latents / "latents.json", count="12"), i.train())[1], "damaged"),
+    ("count is not whole", lambda i: (i.json(i.latents / "latents.json", count=12.0), i.train())[1], "damaged"),
+    ("latent_shape is text", lambda i: (i.json(i.latents / "latents.json", latent_shape="488"), i.train())[1], "damaged"),
+    ("latent_shape is not whole", lambda i: (i.json(i.latents / "latents.json", latent_shape=[4.0, 8.0, 8.0]), i.train())[1], "damaged"),
+    ("class_names is a number", lambda i: (i.json(i.latents / "latents.json", class_names=3), i.train())[1], "damaged"),
+    ("shift is text", lambda i: (i.json(i.latents / "latents.json", shift="none"), i.train())[1], "damaged"),
+    ("scale is nested", lambda i: (i.json(i.latents / "latents.json", scale=[[1, 2], [3]]), i.train())[1], "damaged"),
+    ("vae is a number", lambda i: (i.json(i.latents / "latents.json", vae=3), i.train("--sample-every", 1))[1], "VAE"),
+    ("latents.json is nested deeply", lambda i: (i.put(i.latents / "latents.json", "[" * 100_000), i.train())[1], "latents.json"),
+    # training: its directory
+    ("run-dir is a file", lambda i: (i.put(i.out / "run", "x"), i.train())[1], "run"),
+    ("checkpoints is a file", lambda i: (in_run(i, "checkpoints", "x"), i.train())[1], "checkpoints"),
+    ("log.jsonl is a folder", lambda i: (in_run(i, "log.jsonl", folder), i.train())[1], "log.jsonl"),
+    ("settings.json is a list", lambda i: (in_run(i, "settings.json", "[1]"), i.train())[1], "settings.json"),
+    ("settings.json without data", lambda i: (in_run(i, "settings.json", '{"model": "SiT-Ti/4"}'), i.train())[1], "settings"),
+    ("settings.json with data of a wrong type", lambda i: (in_run(i, "settings.json", '{"data": 3}'), i.train())[1], "settings"),
+    ("code in a checkpoint to resume", lambda i: (ckpt_in_run(i, i.torch_code), i.train())[1], "0000003.pt"),
+    ("checkpoint to resume is a pickle", lambda i: (ckpt_in_run(i, i.code), i.train())[1], "0000003.pt"),
+    ("checkpoint to resume is an npz", lambda i: (ckpt_in_run(i, i.npz_of_code), i.train())[1], "0000003.pt"),
+    ("checkpoint to resume is a folder", lambda i: (ckpt_in_run(i, folder), i.train())[1], "0000003.pt"),
+    ("checkpoint to resume is a tensor", lambda i: (ckpt_in_run(i, lambda p: torch.save(torch.ones(3), p)), i.train())[1], "0000003.pt"),
+    ("settings of a checkpoint are a list",
+     lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, settings=[1])), i.train())[1], "0000003.pt"),
+    ("step of a checkpoint is text", lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, step="three")), i.train())[1], "0000003.pt"),
+    ("keep is 0", lambda i: i.train("--keep", 0), "--keep"),
+    ("newest-every is negative", lambda i: i.train("--newest-every", -1), "--newest-every"),
+    ("max-steps in floating point", lambda i: i.train("--max-steps", "1e3"), "--max-steps"),
+    ("learning rate is infinite", lambda i: i.train("--lr", "inf"), ""),
+    # sampling
+    ("npz as a checkpoint", lambda i: i.sample("--ckpt", i.samples), "samples.npz"),
+    ("moments as a checkpoint", lambda i: i.sample("--ckpt", i.latents / "moments.npy"), "moments.npy"),
+    ("TorchScript as a checkpoint", lambda i: i.sample("--ckpt", ROOT / "tests" / "demo_detector.pt"), "demo_detector.pt"),
+    ("code in a checkpoint to sample", lambda i: (i.put(i.ckpt, i.torch_code), i.sample())[1], "0000004.pt"),
+    ("latent_shape of a checkpoint is text", lambda i: (i.put(i.ckpt, lambda p: i.checkpoint(p, settings=i.data_setting(latent_shape="488"))),
+                                                        i.sample())[1], "0000004.pt"),
+    ("vae of a checkpoint is a number", lambda i: (i.put(i.ckpt, lambda p: i.checkpoint(p, settings=i.data_setting(vae=3))), i.sample())[1], "VAE"),
+    ("shift of a checkpoint is text", lambda i: (i.put(i.ckpt, lambda p: i.checkpoint(p, settings=i.data_setting(shift="x"))), i.sample())[1], "VAE"),
+    ("shift of a checkpoint is missing", lambda i: (i.put(i.ckpt, lambda p: i.checkpoint(p, settings={
+        **i.data_setting(), "data": {k: v for k, v in i.data_setting()["data"].items() if k != "shift"}})), i.sample())[1], "shift"),
+    ("code in the weights of a VAE", lambda i: ([file.unlink() for file in i.vae.glob("*.safetensors")],
+                                                i.put(i.vae / "diffusion_pytorch_model.bin", i.torch_code), i.sample("--vae", i.vae))[2], "VAE"),
+    ("a checkpoint as a VAE", lambda i: i.sample("--vae", i.ckpt), "0000004.pt"),
+    ("record of samples is a list", lambda i: (i.put(i.out / "a.npz", "x"), i.put(i.out / "a.npz.json", "[]"), i.sample())[2], "a.npz.json"),
+    ("record of samples is a folder", lambda i: (i.put(i.out / "a.npz", "x"), i.put(i.out / "a.npz.json", folder), i.sample())[2], "a.npz.json"),
+    ("settings of unfinished samples are a number", lambda i: (i.put(i.out / "a.npz.settings", "3"), i.sample())[1], "a.npz.settings"),
+    ("classes are words", lambda i: ("sample", ("--ckpt", i.ckpt, "--classes", "cat")), "--classes"),
+    # extraction
+    ("a bomb among the images", lambda i: (i.put(i.images / "class0" / "00.png", bomb), i.extract())[1], "class0/00.png"),
+    ("a loop among the images", lambda i: (i.put(i.images / "class0" / "00.png", lambda p: p.symlink_to(p)), i.extract())[1], "class0/00.png"),
+    ("an npz among the images", lambda i: (i.put(i.images / "class0" / "00.png", i.npz_of_code), i.extract())[1], "class0/00.png"),
+    ("extraction: code in a VAE", lambda i: ([file.unlink() for file in i.vae.glob("*.safetensors")],
+                                             i.put(i.vae / "diffusion_pytorch_model.bin", i.torch_code), i.extract())[2], "VAE"),
+    ("extraction: config.json of a VAE is a list", lambda i: (i.put(i.vae / "config.json", "[1]"), i.extract())[1], "VAE"),
+    ("extraction: scale of a VAE is text", lambda i: (i.json(i.vae / "config.json", scaling_factor="x"), i.extract())[1], "VAE"),
+    ("latents.json to write is a folder", lambda i: (i.put(i.out / "latents" / "latents.json", folder), i.extract())[1], "latents.json"),
+    ("progress was lost", lambda i: (partial_extraction(i, progress=b""), i.extract())[1], "moments.npy"),
+    ("progress is too long", lambda i: (partial_extraction(i, progress=bytes(13)), i.extract())[1], "moments.npy"),
+    ("partial array was lost", lambda i: (partial_extraction(i, partial=b""), i.extract())[1], "moments.npy"),
+    ("partial array is code", lambda i: (partial_extraction(i, partial=i.array_of_code), i.extract())[1], "moments.npy"),
+    ("settings of unfinished latents are a list", lambda i: (partial_extraction(i, settings="[]"), i.extract())[1], "moments.npy.settings"),
+    # evaluation
+    ("a checkpoint as --ref", lambda i: i.fid("--ref", i.ckpt), "0000004.pt"),
+    ("a checkpoint named .npz as --ref", lambda i: (shutil.copy(i.ckpt, i.root / "x.npz"), i.fid("--ref", i.root / "x.npz"))[1], "x.npz"),
+    ("moments as --ref", lambda i: i.fid("--ref", i.latents / "moments.npy"), "moments.npy"),
+    ("labels as --ref", lambda i: i.fid("--ref", i.latents / "labels.npy"), "labels.npy"),
+    ("code as images", lambda i: (i.put(i.samples, i.npz_of_code), i.fid())[1], "samples.npz"),
+    ("code as statistics", lambda i: (i.put(i.samples, i.statistics_of_code), i.fid())[1], "samples.npz"),
+    ("a bomb in --ref", lambda i: (i.put(i.images / "class0" / "00.png", bomb), i.fid("--ref", i.images))[1], "00.png"),
+    ("code in the Inception weights", lambda i: ("fid", (i.samples, "--ref", i.samples, "--weights", i.put(i.root / "w.pth", i.torch_code))), "w.pth"),
+    ("a folder as the Inception weights", lambda i: ("fid", (i.samples, "--ref", i.samples, "--weights", i.vae)), "vae"),
+    ("code as a detector", lambda i: i.fid("--detector", i.put(i.root / "d.pt", i.torch_code)), "d.pt"),
+    ("a checkpoint as a detector", lambda i: i.fid("--detector", i.ckpt), "0000004.pt"),
+    ("cache is a file", lambda i: i.fid("--cache", i.put(i.root / "cache", "x")), "cache"),
+    ("code in the cache", lambda i: spoilt_cache(i, i.npz_of_code), "cache"),
+    ("cache is cut", lambda i: spoilt_cache(i, lambda p: p.write_bytes(b"PK")), "cache"),
+    ("cache of something else", lambda i: spoilt_cache(i, lambda p: np.savez(p, other=np.zeros(3))), "cache"),
+    ("json is a folder", lambda i: i.fid("--json", i.put(i.out / "a.json", folder)), "a.json"),
+    ("save-stats over a folder", lambda i: ("fid", (i.samples, "--save-stats", i.put(i.out / "b.npz", folder), "--detector",
+                                                    ROOT / "tests" / "demo_detector.pt")), "b.npz"),
+    # benchmark
+    ("benchmark without a mode", lambda i: ("benchmark", ()), "mode"),
+    ("benchmark of an unknown model", lambda i: i.benchmark("--model", "DiT-XL/2"), "DiT-XL/2"),
+    ("benchmark with a flag that does not exist", lambda i: i.benchmark("--modle", "SiT-Ti/4"), "--modle"),
+    ("benchmark of 0 steps", lambda i: i.benchmark("--steps", 0), "--steps"),
+    ("benchmark of minus one worker", lambda i: i.benchmark("--num-workers", -1), "--num-workers"),
+    # full disks: the largest file that can be written, in bytes
+    ("disk full at a checkpoint", lambda i: i.train(), "0000003.pt", 1_000_000),
+    ("disk full at settings.json", lambda i: i.train(), "settings.json", 100),
+    ("disk full at the samples", lambda i: i.sample(), "a.npz", 12_450),
+    ("disk full at the array of samples", lambda i: i.sample(), "a.npz", 5_000),
+    ("disk full at the moments", lambda i: i.extract(), "moments.npy", 5_000),
+    ("disk full at the reference", lambda i: ("fid", (i.samples, "--save-stats", i.out / "b.npz", "--detector",
+                                                     ROOT / "tests" / "demo_detector.pt")), "b.npz", 30_000),
+    ("disk full at the numbers", lambda i: i.fid("--json", i.out / "a.json"), "a.json", 100),
+]
+
+
+def spoilt_cache(i, content):
+    script, args = i.fid("--cache", i.root / "cache")
+    i.root.joinpath("cache").mkdir()
+    i.warm(script, args)
+    for path in (i.root / "cache").iterdir():
+        i.put(path, content)
+    return script, args
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, latents, images, vae, checkpoint):
+    samples = tmp_path_factory.mktemp("samples") / "samples.npz"
+    np.savez(samples, arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+    return {"latents": latents, "images": images, "vae": vae, "ckpt": checkpoint, "samples": samples}
+
+
+def under_final_names(out):
+    """Outputs that a reader would take for whole; those of settings alone come first, and are whole."""
+    return {path: path.is_dir() or path.read_bytes() for path in out.rglob("*")
+            if path.suffix in (".pt", ".npz", ".png", ".npy", ".json") and path.name not in ("settings.json", "a.npz.json")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prepare, says, limit", [pytest.param(*case[1:], *[None] * (4 - len(case)), id=case[0]) for case in BAD])
+def test_bad_input(capsys, good, tmp_path, prepare, says, limit):
+    i = Inputs(tmp_path, good)
+    i.warm = lambda script, args: cli(capsys, script, *args)
+    script, args = prepare(i)
+    before = under_final_names(i.out)
+    with largest_file(limit) if limit else contextlib.nullcontext():
+        status, _, stderr = cli(capsys, script, *args)
+    assert status == 2, stderr
+    said = message("\n".join(line for line in stderr.split("\n") if not line.startswith("fid.py: warning: ")))
+    assert said.startswith(f"{script}.py: error: ") and says in said
+    assert under_final_names(i.out) == before and not i.marker.exists()
+    assert not list(i.out.rglob("*.tmp"))
