@@ -295,9 +295,9 @@ def test_signals_save_and_stop(data, undisturbed, tmp_path):  # noqa: F811
 
 def stop_and_go_on(data, whole, run, plan):  # noqa: F811
     """Stop a run of two processes with a DataLoader worker each as the plan says, then let it end."""
-    forwarded = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    forwarded = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
     for whom, number, status in plan:
-        with training(run, data, QUICK_PAIR, "--num-workers", 1, processes=2, **forwarded) as running:
+        with training(run, data, QUICK_PAIR, "--num-workers", 1, processes=2, torchrun=forwarded) as running:
             wait_for_steps(run, running, 3)
             everyone = family(running.pid)
             targets = {"one": [worker(running, 1)], "all but torchrun": everyone[1:], "torchrun": everyone[:1]}[whom]
