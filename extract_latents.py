@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -101,6 +102,7 @@ class ImageFiles(Dataset):
 
 def load_vae(name):
     """A diffusers autoencoder in float32 from a hub name or a local folder; "owner/name/subfolder" reads a subfolder."""
+    name = str(name)
     parts = [name] if Path(name).exists() or name.startswith((".", "/")) else name.split("/")
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     try:
@@ -190,6 +192,8 @@ def reason(error):
 def fail(message, status=2):
     """Print one sentence on stderr and exit."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        with contextlib.suppress(ValueError):  # in a thread, which may set no handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training only notes it
         time.sleep(10)  # under torchrun the first process speaks for all: once it has failed, torchrun ends the others
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears the line of a progress bar first
     sys.exit(status)
@@ -244,7 +248,10 @@ def init_distributed(backend=None, timeout=None):
     device = torch.device(kind, local_rank if cuda else 0)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
+    timeout = timeout or dist.default_pg_timeout
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # holds addresses of processes killed
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout, store=store, rank=rank, world_size=world_size)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -330,11 +337,26 @@ class ResumableArray:
             lock(f"{path}.lock", path)
         if self.settings.exists():
             check_same_settings(self.partial, read_json(self.settings), settings)
+            self.check(shape)
         elif rank == 0:
-            np.lib.format.open_memmap(self.partial, "w+", dtype, shape)
-            self.progress.write_bytes(bytes(shape[0]))
+            try:
+                np.lib.format.open_memmap(self.partial, "w+", dtype, shape)
+                self.progress.write_bytes(bytes(shape[0]))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.partial)) from error
             write_json(self.settings, settings)  # last: it says that the two others are ready
         barrier()
+
+    def check(self, shape):
+        """Fail if what a power cut may lose is not there, rather than take rows that nobody wrote for done."""
+        try:
+            done = self.progress.read_bytes()
+            whole = len(done) == shape[0] and (
+                (all(done) and not self.partial.exists()) or np.load(self.partial, mmap_mode="r").shape == tuple(shape))
+        except (OSError, ValueError, EOFError):
+            whole = False
+        if not whole:
+            fail(f"{self.partial} or {self.progress} is damaged; remove both and {self.settings}, and run the same command again")
 
     def batches(self, batch_size, rank=0, world_size=1):
         """This process's share of the batches still to do, as ranges of rows.

@@ -403,7 +403,10 @@ def extract(network, space, images, keep, args, rank, world_size, device):
         if cache.exists():
             try:
                 with np.load(cache, allow_pickle=False) as file:
-                    return dict(file)
+                    found = dict(file)
+                if found["features"].shape[:1] != (len(keep),):
+                    raise ValueError("it holds features of other images")
+                return found
             except Exception as error:  # zip and header errors have no common class
                 fail(f"the cache {cache} cannot be read ({reason(error)}); remove it")
 

@@ -275,7 +275,7 @@ def main():
     model, vae = model.to(device), vae.to(device)
     try:
         side = decode(vae, torch.zeros(1, *data["latent_shape"], device=device), data["shift"], data["scale"]).shape[1]
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
         fail(f"the VAE {vae_name!r} cannot decode latents of {data['latent_shape']}: {reason(error)}")
     images = ResumableArray(out, (len(y), side, side, 3), "uint8", settings, rank)
     if args.precision == "bf16":

@@ -17,10 +17,12 @@ where its target comes from; each is off unless its depth is given, and --vae-re
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -243,9 +245,13 @@ def load_data(folder, with_images=False):
         data["num_classes"] = len(about["class_names"])
         moments, labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
         channels, height, width = data["latent_shape"]
+        if moments.dtype.kind != "f" or labels.dtype.kind not in "iu":
+            raise ValueError(f"arrays of type {moments.dtype} and {labels.dtype} are no moments and labels")
+        if any(type(number) is not int for number in (data["count"], *data["latent_shape"])):
+            raise ValueError("count and latent_shape are not whole numbers")
         if about.get("flip"):
             data["flip"] = True
-        rows = data["count"] * (2 if about.get("flip") else 1)
+        rows = data["count"] * (2 if "flip" in data else 1)
         if moments.shape != (rows, 2 * channels, height, width) or labels.shape != (data["count"],):
             raise ValueError(f"arrays of shape {moments.shape} and {labels.shape} do not match latents.json")
         if height != width:
@@ -286,6 +292,13 @@ def leave_signals_to_the_parent(worker):
     """For the processes that read latents: a signal sent to all of a job must not end them while training finishes a step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_readers():
+    """Whatever ends training, they go with it: an exception would wait for them for ever, since they ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their death
+    for reader in multiprocessing.active_children():
+        reader.kill()
 
 
 def any_signal(group):
@@ -420,9 +433,11 @@ def comparable(settings):
     """The settings that a run may not change when it resumes, flat; those of methods that are off play no part."""
     free = ("run_dir", "micro_batch", "max_steps", "compile", "num_workers", "log_every", "ckpt_every", "keep",
             "newest_every", "sample_every", "repa_hub", "data")
+    settings = settings if isinstance(settings, dict) else {}  # of a damaged file: all differ
+    data = settings.get("data") if isinstance(settings.get("data"), dict) else {}
     off = tuple(f"{method}_" for method in METHODS if not settings.get(f"{method}_depth"))
     own = {key: value for key, value in settings.items() if key not in free and not key.startswith(off)}
-    return {**own, **{f"data {key}": value for key, value in settings["data"].items()}}
+    return {**own, **{f"data {key}": value for key, value in data.items()}}
 
 
 def load_encoder(name, hub, image_size):
@@ -584,6 +599,7 @@ def main():
     names = ["denoising", *alignments]
     totals, largest_norm = torch.zeros(len(names) + 1, device=device), torch.zeros((), device=device)
     done, since, clock = start, start, time.perf_counter()
+    atexit.register(end_readers)
     listen_for_signals()
     progress = tqdm(range(start, args.max_steps), desc="training", initial=start, total=args.max_steps, disable=rank > 0)
     for step in progress:

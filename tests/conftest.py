@@ -19,6 +19,17 @@ torch.set_num_threads(2)
 import extract_latents  # noqa: E402  (found only now)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long campaigns, run only where -m names them: `python -m pytest tests -m slow -s`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run it with -m slow -s"))
+
+
 def cli(capsys, script, *args):
     """Run a script's main() in this process with the given flags: (exit status, stdout, stderr)."""
     argv, sys.argv = sys.argv, [f"{script}.py", *map(str, args)]
