@@ -130,6 +130,9 @@ def latent_normalization(config):
     (None, None) where the config gives no scale that can be meant, SD_SCALE for other than 4 channels among them.
     """
     config = dict(config)
+    for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"):
+        if config.get(key) is not None and np.asarray(config[key]).dtype.kind not in "iuf":
+            fail(f"the VAE's config has a {key} of {config[key]!r}, which is no number; correct its config.json")
     mean, std, shift, factor = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"))
     channels = config.get("latent_channels")
     for a, b in (("latents_std", "scaling_factor"), ("latents_mean", "shift_factor")):

@@ -204,6 +204,7 @@ def kill_again_and_again(run, data, whole, steps, processes, kills, seed):  # no
     return writing
 
 
+@pytest.mark.slow
 def test_killed_twice(data, undisturbed, tmp_path):  # noqa: F811
     kill_again_and_again(tmp_path / "run", data, undisturbed(QUICK), QUICK, processes=1, kills=2, seed=0)
 
