@@ -240,7 +240,7 @@ def positive_int(text):
     return int(text)
 
 
-def init_distributed(backend=None, timeout=None):
+def init_distributed(backend=None, timeout=timedelta(minutes=30)):
     """(rank, number of processes, device): joined to the others under torchrun, alone (0, 1) under plain python."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
@@ -251,10 +251,10 @@ def init_distributed(backend=None, timeout=None):
     device = torch.device(kind, local_rank if cuda else 0)
     if "RANK" not in os.environ:
         return 0, 1, device
-    timeout = timeout or dist.default_pg_timeout
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # holds addresses of processes killed
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout, store=store, rank=rank, world_size=world_size)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store still has the addresses of those that were killed
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout, rank=rank, world_size=world_size,
+                            store=dist.PrefixStore(f"start {restarts}", store))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -468,8 +468,8 @@ def parse_args():
     parser.add_argument("--out", default="data/latents", help="folder to write")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="diffusers autoencoder: hub name or local folder")
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the centre crop in pixels")
-    parser.add_argument("--flip", action="store_true", help="store the mirrored images' moments too; training then draws one of both")
-    parser.add_argument("--store-images", action="store_true", help="keep the cropped images too, which train.py --repa-depth needs")
+    parser.add_argument("--flip", action="store_true", help="store the moments of the mirrored images too, for training to draw from")
+    parser.add_argument("--store-images", action="store_true", help="keep the cropped images, which train.py --repa-depth needs")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the stored moments")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     parser.add_argument("--num-workers", type=natural, default=8, help="processes per GPU that decode and crop images")

@@ -1,4 +1,4 @@
-"""SiT with alignment heads: a transformer that predicts the velocity v of a noised latent x_t. And the encoder that REPA aligns to.
+"""SiT with alignment heads: a transformer that predicts the velocity v of a noised latent x_t; and REPA's image encoder.
 
 Parameter names are those of SiT and REPA, so that their published weights load. Shapes in comments: B images, N = (H/p)(W/p)
 tokens of width D, C latent channels, patch size p.
@@ -253,8 +253,8 @@ def zero_final_layer(layer):
 class Encoder(nn.Module):
     """A DINOv2 as REPA uses it: uint8 images (B, 3, S, S) -> normalised patch tokens (B, N, dim), without gradient.
 
-    network: a DINOv2 of torch.hub, with pos_embed (1, 1 + n, dim), patch_size and forward_features. image_size: S; the network
-    sees 7/8 of it, 224 pixels for 256 and 448 for 512 (arXiv 2410.06940, appendix). Raises ValueError for other networks and sizes.
+    network: a DINOv2 of torch.hub, with pos_embed (1, 1 + n, dim), patch_size and forward_features. image_size: S; the
+    network sees it at 7/8 of that, 224 pixels for 256 and 448 for 512. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(self, network, image_size):

@@ -123,10 +123,12 @@ def sra_weight(weight, epoch):
 def build_alignments(args, ema, encoder):
     """{name: Alignment} of the methods in use."""
     smooth_l1 = partial(alignment_loss, objective="smooth_l1", beta=0.05, patch_size=ema.patch_size)
-    vae_repa = partial(smooth_l1, objective=args.vae_repa_loss, beta=args.vae_repa_beta)
-    alignments = {"vae_repa": Alignment(clean_latent, vae_repa, partial(constant, args.vae_repa_weight)),
-                  "repa": Alignment(partial(encoder_tokens, encoder), token_cosine, partial(constant, args.repa_weight)),
-                  "sra": Alignment(partial(teacher_tokens, ema, args.sra_teacher_depth), smooth_l1, partial(sra_weight, args.sra_weight))}
+    alignments = {
+        "vae_repa": Alignment(clean_latent, partial(smooth_l1, objective=args.vae_repa_loss, beta=args.vae_repa_beta),
+                              partial(constant, args.vae_repa_weight)),
+        "repa": Alignment(partial(encoder_tokens, encoder), token_cosine, partial(constant, args.repa_weight)),
+        "sra": Alignment(partial(teacher_tokens, ema, args.sra_teacher_depth), smooth_l1, partial(sra_weight, args.sra_weight)),
+    }
     return {name: alignment for name, alignment in alignments.items() if ema.align_depths[name]}
 
 
@@ -263,7 +265,8 @@ def load_data(folder, with_images=False):
         if with_images and (folder / "images.npy").exists():
             images, size = np.load(folder / "images.npy", mmap_mode="r"), data["image_size"]
             if images.shape != (data["count"], size, size, 3) or images.dtype != np.uint8:
-                raise ValueError(f"images.npy holds {images.dtype} of shape {images.shape}, not {data['count']} images of {size} pixels")
+                raise ValueError(f"images.npy holds {images.dtype} of shape {images.shape}, not {data['count']} images of "
+                                 f"{size} pixels")
         if labels.min() < 0 or labels.max() >= data["num_classes"]:
             raise ValueError(f"labels run from {labels.min()} to {labels.max()} but there are {data['num_classes']} classes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -314,11 +317,11 @@ def check_same_start(start, group):
     starts = [None] * dist.get_world_size()
     dist.all_gather_object(starts, start, group)
     if len(set(starts)) > 1:
-        fail(f"the processes resume from different steps, {starts}: all machines must see the same --run-dir; try again once they do")
+        fail(f"the processes resume from different steps, {starts}: all machines must see the same files in --run-dir")
 
 
 def check_finite(bad_step):
-    """The one look at the GPU for losses that are not finite: called where the loop synchronises anyway, before any checkpoint."""
+    """The one look at the GPU for losses that are not finite: where the loop synchronises anyway, before any checkpoint."""
     if dist.is_initialized():
         dist.all_reduce(bad_step, dist.ReduceOp.MIN)
     if bad_step < NEVER:
@@ -455,8 +458,8 @@ def load_encoder(name, hub, image_size):
                 network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
         return Encoder(network, image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        fail(f"cannot use the encoder {name!r} of {hub or 'facebookresearch/dinov2'}: {reason(error)} (give --repa-hub a clone of "
-             f"that repository with {name}_pretrain.pth in it)")
+        fail(f"cannot use the encoder {name!r} of {hub or 'facebookresearch/dinov2'}: {reason(error)} (give --repa-hub a clone "
+             f"of that repository with {name}_pretrain.pth in it)")
 
 
 def initial_weights(path, settings, model):
@@ -508,9 +511,10 @@ def save_checkpoint(folder, checkpoint, rolling, keep):
 
 
 def prepare(args):
-    """Every check, before the GPU is touched: (settings, checkpoint to resume, weights to start from, encoder, VAE for the grids).
+    """Every check, before the GPU is touched.
 
-    Each of the last four is None where there is none.
+    Returns the settings and, each None where there is none: the checkpoint to resume, the weights to start from, REPA's
+    encoder, and the VAE for the sample grids.
     """
     run_dir, initial, encoder, vae = Path(args.run_dir), None, None, None
     settings = {**vars(args), "data": load_data(args.data, args.repa_depth > 0)}
@@ -531,6 +535,12 @@ def prepare(args):
     path, checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint:
         check_same_settings(path, comparable(checkpoint["settings"]), comparable(settings))
+        try:
+            for weights in ("model", "ema"):
+                model.load_state_dict(checkpoint[weights], assign=True)  # on the meta device: it compares names and shapes
+        except (AttributeError, RuntimeError, TypeError) as error:
+            fail(f"{path} does not hold the weights of {args.model} with these heads ({' '.join(str(error).split())[:200]}); remove "
+                 "it, and the run resumes from an older one")
     elif args.init_from:
         initial = initial_weights(args.init_from, settings, model)
     if int(os.environ.get("RANK", 0)) == 0:

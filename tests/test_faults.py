@@ -672,6 +672,9 @@ BAD = [
     ("settings of a checkpoint are a list",
      lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, settings=[1])), i.train())[1], "0000003.pt"),
     ("step of a checkpoint is text", lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, step="three")), i.train())[1], "0000003.pt"),
+    ("weights of a checkpoint are none", lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, model={})), i.train())[1], "0000003.pt"),
+    ("weights of a checkpoint are narrower", lambda i: (ckpt_in_run(i, lambda p: i.checkpoint(p, ema={
+        key: value[..., :1].clone() for key, value in load(i.ckpt)["ema"].items()})), i.train())[1], "0000003.pt"),
     ("keep is 0", lambda i: i.train("--keep", 0), "--keep"),
     ("newest-every is negative", lambda i: i.train("--newest-every", -1), "--newest-every"),
     ("max-steps in floating point", lambda i: i.train("--max-steps", "1e3"), "--max-steps"),
