@@ -536,11 +536,11 @@ def prepare(args):
     if checkpoint:
         check_same_settings(path, comparable(checkpoint["settings"]), comparable(settings))
         try:
-            for weights in ("model", "ema"):
-                model.load_state_dict(checkpoint[weights], assign=True)  # on the meta device: it compares names and shapes
-        except (AttributeError, RuntimeError, TypeError) as error:
-            fail(f"{path} does not hold the weights of {args.model} with these heads ({' '.join(str(error).split())[:200]}); remove "
-                 "it, and the run resumes from an older one")
+            for weights in ("model", "ema"):  # on the meta device this only compares names and shapes
+                model.load_state_dict(dict(checkpoint[weights]), assign=True)  # dict(), or torch notes `assign` in the original
+        except (RuntimeError, TypeError, ValueError) as error:
+            fail(f"{path} does not hold the weights of {args.model} with these heads ({' '.join(str(error).split())[:200]}); "
+                 "remove it, and the run resumes from an older one")
     elif args.init_from:
         initial = initial_weights(args.init_from, settings, model)
     if int(os.environ.get("RANK", 0)) == 0:
