@@ -18,6 +18,7 @@ import sample
 import train
 from models import SiT, SiT_models
 
+CUDA = torch.cuda.is_available()
 HUB = ROOT / "tests" / "hub"
 METHODS = {"vae_repa": ("--vae-repa-depth", 2), "repa": ("--repa-depth", 3, "--repa-encoder", "dinov2_vitt14"),
            "sra": ("--sra-depth", 2, "--sra-teacher-depth", 4)}
@@ -362,6 +363,19 @@ def test_bf16_encoder_has_the_results_of_autocast():
         rounded = encoder(images)
         sample.to_bf16(encoder)
         assert torch.equal(encoder(images), rounded)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, hub, tmp_path):
+    """All three at once: the losses of float32 in eager mode, to bf16's rounding; and the samples of the result."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    flags = ("--batch-size", 12, "--max-steps", 4, "--lr", 1e-3, *flags_of(METHODS, hub))
+    rounded, _ = fit(capsys, data, tmp_path / "bf16", *flags, "--precision", "bf16", "--compile")
+    exact, _ = fit(capsys, data, tmp_path / "fp32", *flags)
+    for a, b in zip(rounded, exact, strict=True):
+        for name in ("denoising", *METHODS):
+            assert a[name] == pytest.approx(b[name], rel=0.03, abs=0.01), name
 
 
 # Mirrored halves, other latents
