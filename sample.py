@@ -145,6 +145,8 @@ def load_weights(path):
     try:
         if "settings" in checkpoint:
             settings = checkpoint["settings"]
+            if not {"model", "data"} <= set(settings):
+                raise ValueError("its settings are not those of train.py")
         else:
             settings = published_settings(weights)
             encoder_depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
