@@ -211,9 +211,10 @@ def parse_args():
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the model's matrix products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile the blocks")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA, for --num-samples)")
     add("--vae", help="another autoencoder to decode with (default: the one in the checkpoint)")
     args = parser.parse_args()
+    args.compile = torch.cuda.is_available() and bool(args.num_samples) if args.compile is None else args.compile
     low, high = args.guidance_interval
     if args.classes and args.num_samples:
         fail("--classes and --num-samples exclude each other; give one")

@@ -139,10 +139,10 @@ def sample_posterior(moments, eps, shift, scale):
 
 
 def draw_step(batch_size, latent_shape, seed, step, interval, label_dropout, device):
-    """All random numbers of one training step, for the whole global batch: (eps, noise, t, drop, share, u).
+    """All random numbers of one training step, for the whole global batch: (eps, noise, t, drop, inside, u).
 
     They depend on (seed, step) alone, and every process keeps its own rows: neither a resume nor the number of processes
-    changes the run. share (B,) weighs VAE-REPA's term: 0 where t is outside the interval, else B / (images inside), so
+    changes the run. inside (B,) weighs VAE-REPA's term: 0 where t is outside the interval, else B / (images inside), so
     that the mean over the batch is the mean over the images inside. u (B,) in [0, 1) is for SRA's times.
     """
     g = stream([seed, 1], step, device)
@@ -152,6 +152,15 @@ def draw_step(batch_size, latent_shape, seed, step, interval, label_dropout, dev
     u = torch.rand(batch_size, generator=g, device=device)
     inside = ((interval[0] <= t) & (t <= interval[1])).float()
     return eps, noise, t, drop, inside * batch_size / inside.sum().clamp(min=1), u
+
+
+def build_batch(loaded, drawn, shift, scale, null_class, sra_t_max):
+    """What `training_losses` takes, from an item of the loader of `Latents` and the numbers of `draw_step` for its rows."""
+    moments, y, *images = loaded
+    eps, noise, t, drop, inside, u = drawn
+    batch = {"x": sample_posterior(moments, eps, shift, scale), "noise": noise, "t": t, "y": torch.where(drop, null_class, y),
+             "vae_repa_share": inside, "t_teacher": (t - sra_t_max * u).clamp(min=0)}
+    return {**batch, "images": images[0]} if images else batch
 
 
 @torch.no_grad()
@@ -613,12 +622,10 @@ def main():
     listen_for_signals()
     progress = tqdm(range(start, args.max_steps), desc="training", initial=start, total=args.max_steps, disable=rank > 0)
     for step in progress:
-        moments, y, *images = (values.to(device, non_blocking=True) for values in next(batches))
-        eps, noise, t, drop, share, u = (values[mine] for values in draw_step(
-            args.batch_size, data["latent_shape"], args.seed, step, args.vae_repa_interval, args.label_dropout, device))
-        batch = {"x": sample_posterior(moments, eps, shift, scale), "noise": noise, "t": t, "vae_repa_share": share,
-                 "y": torch.where(drop, data["num_classes"], y), "t_teacher": (t - args.sra_t_max * u).clamp(min=0)}
-        batch |= {"images": images[0]} if images else {}
+        loaded = [values.to(device, non_blocking=True) for values in next(batches)]
+        drawn = [values[mine] for values in draw_step(
+            args.batch_size, data["latent_shape"], args.seed, step, args.vae_repa_interval, args.label_dropout, device)]
+        batch = build_batch(loaded, drawn, shift, scale, data["num_classes"], args.sra_t_max)
         epoch = step * args.batch_size // data["count"]
         losses, grad_norm = training_step(model, raw_model, ema, optimizer, batch, alignments, epoch, args)
         totals += torch.cat([losses, grad_norm.view(1)])

@@ -49,7 +49,7 @@ from fid import (DRAWN, Images, InceptionV3, apply, extract, frechet_distance, i
                  precision_recall, read_ahead)
 from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models  # noqa: E402
 from sample import HEADS, build_model, guided_velocity, randn_like, sample_sde, stream, to_bf16  # noqa: E402
-from train import (Latents, StepBatches, build_alignments, build_training, draw_step, sample_posterior,  # noqa: E402
+from train import (Latents, StepBatches, build_alignments, build_batch, build_training, draw_step,  # noqa: E402
                    training_losses, training_step)
 
 # Table 4, measured on H100s at a global batch of 256: external + head parameters (M), it/s, GFLOPs, forward latency (ms)
@@ -183,13 +183,10 @@ class Run:
         synchronise(self.device)
         started = time.perf_counter()
         for _ in range(steps):
-            moments, y, *images = (values.to(self.device, non_blocking=True) for values in (next(self.loader) if from_disk else self.kept))
-            mine = slice(self.rank * len(y), (self.rank + 1) * len(y))
-            eps, noise, t, drop, share, u = (values[mine] for values in draw_step(
-                self.batch, LATENT_SHAPE, 0, self.step, (0, 1), 0.1, self.device))
-            batch = {"x": sample_posterior(moments, eps, 0.0, 0.18215), "noise": noise, "t": t, "vae_repa_share": share,
-                     "y": torch.where(drop, NUM_CLASSES, y), "t_teacher": (t - 0.2 * u).clamp(min=0)}
-            batch |= {"images": images[0]} if images else {}
+            loaded = [values.to(self.device, non_blocking=True) for values in (next(self.loader) if from_disk else self.kept)]
+            mine = slice(self.rank * len(loaded[0]), (self.rank + 1) * len(loaded[0]))
+            drawn = [values[mine] for values in draw_step(self.batch, LATENT_SHAPE, 0, self.step, (0, 1), 0.1, self.device)]
+            batch = build_batch(loaded, drawn, 0.0, 0.18215, NUM_CLASSES, 0.2)
             training_step(self.wrapped, self.model, self.ema, self.optimizer, batch, self.alignments, 0, self.args)
             self.step += 1
         synchronise(self.device)
