@@ -131,8 +131,9 @@ def latent_normalization(config):
     """
     config = dict(config)
     for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"):
-        if config.get(key) is not None and np.asarray(config[key]).dtype.kind not in "iuf":
-            fail(f"the VAE's config has a {key} of {config[key]!r}, which is no number; correct its config.json")
+        values = np.ravel(np.array(config.get(key) or 0, object))
+        if not all(isinstance(value, (int, float)) for value in values):
+            fail(f"the VAE's config has a {key} of {config[key]!r}, which is no number and no list of them; correct its config.json")
     mean, std, shift, factor = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"))
     channels = config.get("latent_channels")
     for a, b in (("latents_std", "scaling_factor"), ("latents_mean", "shift_factor")):

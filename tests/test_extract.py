@@ -308,7 +308,8 @@ def test_latent_normalization(config, expected):
 @pytest.mark.parametrize("config, says", [
     ({"scaling_factor": 0.5, "latents_std": [1.0, 2.0]}, "latents_std and a scaling_factor of 0.5"),
     ({"scaling_factor": 1, "latents_mean": [1.0, 2.0], "shift_factor": 0.1}, "latents_mean and a shift_factor of 0.1"),
-    ({"latents_std": [1.0, 2.0, 3.0], "latent_channels": 4}, "3 values of latents_std for 4 channels")])
+    ({"latents_std": [1.0, 2.0, 3.0], "latent_channels": 4}, "3 values of latents_std for 4 channels"),
+    ({"scaling_factor": "0.5"}, "scaling_factor of '0.5'"), ({"latents_mean": [1.0, [2.0, 3.0]]}, "latents_mean of [1.0, [2.0")])
 def test_scale_fields_that_conflict(capsys, config, says):
     with pytest.raises(SystemExit) as stop:
         latent_normalization(config)
