@@ -8,9 +8,10 @@ Writes to --out (default data/latents):
                                   with --flip (2N, 2C, H, W): those of the mirrored images follow
     labels.npy     (N,)           int64, the index of the image's class folder in sorted order
     images.npy     (N, S, S, 3)   with --store-images: the cropped images, uint8, for REPA's encoder
-    latents.json   VAE, shift, scale, sizes, class names, origin; written last: where it is, the set is whole
+    latents.json   VAE, shift, scale, number of classes, origin; written last: marks a complete set
 
-train.py draws z ~ N(mean, std) anew every step and trains on x = (z - shift) * scale. Killed, the same command continues.
+train.py draws z ~ N(mean, std) anew every step and trains on x = (z - shift) * scale. `Latents` below reads the set.
+If interrupted, run the same command again.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -114,7 +116,7 @@ def load_vae(name):
         config = diffusers.AutoencoderKL.load_config(repo, subfolder=subfolder)
         vae = getattr(diffusers, config["_class_name"]).from_pretrained(repo, subfolder=subfolder)
     except Exception as error:  # hub, network, config and weight errors have no common class
-        fail(f"cannot load the VAE {name!r}: {reason(error)} (give --vae a diffusers autoencoder: a local folder that holds "
+        fail(f"cannot load the VAE {name!r}: {first_line(error)} (give --vae a diffusers autoencoder: a local folder that holds "
              "config.json and its weights, or a hub name that this machine can reach)")
     if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
         fail(f"{name!r} is a {type(vae).__name__}, not an autoencoder")
@@ -187,10 +189,14 @@ def per_channel(value, x):
     return torch.tensor(value, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
 
 
-def reason(error):
-    """The first line of what an exception says, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Traceback")]
-    return (lines or [type(error).__name__])[0][:300]
+# what reading a file of another form than expected may raise
+MALFORMED = (AttributeError, EOFError, IndexError, KeyError, RecursionError, RuntimeError, TypeError, ValueError)
+
+
+def first_line(error):
+    """The first line of what an exception says that is no mere heading, or else its type."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)[:300]
 
 
 def fail(message, status=2):
@@ -207,6 +213,8 @@ def run(main):
     """Run a script's main; what the system refuses (a full disk, a folder that may not be written) is one sentence too."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -219,6 +227,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
+    def group(self, title):
+        """add_argument of a new group of flags."""
+        return self.add_argument_group(title).add_argument
+
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
 
@@ -228,22 +240,47 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def natural(text):
-    """An argparse type: 0, 1, 2, …"""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+def number(text, kind, fits, meaning):
+    """Read a flag's value; the types below, for argparse, are this function with its last three arguments given."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):  # NaN fits nothing
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+    return value
 
 
-def positive_int(text):
-    """An argparse type: 1, 2, 3, …"""
-    if natural(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+positive_int = partial(number, kind=int, fits=lambda n: n >= 1, meaning="a whole number above 0")
+nonnegative_int = partial(number, kind=int, fits=lambda n: n >= 0, meaning="a whole number of at least 0")
+positive_float = partial(number, kind=float, fits=lambda x: x > 0, meaning="a number above 0")
+nonnegative_float = partial(number, kind=float, fits=lambda x: x >= 0, meaning="a number of at least 0")
+fraction = partial(number, kind=float, fits=lambda x: 0 <= x <= 1, meaning="a number in [0, 1]")
 
 
-def init_distributed(backend=None, timeout=timedelta(minutes=30)):
-    """(rank, number of processes, device): joined to the others under torchrun, alone (0, 1) under plain python."""
+def rng(seed, index, device):
+    """A torch.Generator that depends on (seed, index) alone; no two indices of one seed share their numbers."""
+    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # hashed: neighbouring seeds lie far apart
+    return torch.Generator(device).manual_seed((int(base) + index) % 2**63)
+
+
+def read_ahead(read, items, threads=1):
+    """read(item) for each item, in order, done by threads while the caller works on earlier items."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming = deque()
+        for item in items:
+            coming.append(pool.submit(read, item))
+            if len(coming) > threads + 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def init_distributed(backend=None, timeout=timedelta(minutes=15)):
+    """(rank, number of processes, device): joined to the others under torchrun, alone (0, 1) under plain python.
+
+    timeout: how long the others wait for a process that hangs.
+    """
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
         fail(f"there are more processes than this machine's {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
@@ -255,7 +292,8 @@ def init_distributed(backend=None, timeout=timedelta(minutes=30)):
         return 0, 1, device
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store still has the addresses of those that were killed
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout, rank=rank, world_size=world_size,
+    backend = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")  # each device's tensors by its own backend
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size,
                             store=dist.PrefixStore(f"start {restarts}", store))
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -277,9 +315,10 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_write(path):
     """A file to write, which takes its name only once the disk has all of it; where writing fails, nothing of it stays."""
     part = Path(f"{path}.tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
@@ -288,7 +327,7 @@ def whole_file(path):
         rename(part, path)
     except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(errno.EIO, f"cannot be written, is the disk full? ({reason(error)})", str(path)) from error
+        raise OSError(errno.EIO, f"cannot be written, is the disk full? ({first_line(error)})", str(path)) from error
 
 
 def rename(part, path):
@@ -300,7 +339,7 @@ def rename(part, path):
 
 
 def write_json(path, value):
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
 
@@ -325,6 +364,18 @@ def check_same_settings(where, there, asked):
               if there.get(key) != asked.get(key)]
     if differ:
         fail(f"{where} was made with other settings: {'; '.join(differ)} (give another output, or remove it)")
+
+
+def is_complete(path, record, settings):
+    """Whether `path` is there already, made with these settings, which are in `record`; fails if with others."""
+    if not path.exists():
+        return False
+    if not record.exists():
+        fail(f"{path} exists, without {record}, which would say how it was made; give another output, or remove it")
+    check_same_settings(path, read_json(record), settings)
+    clean_up(path)  # of a command killed as it was doing so
+    print(f"{path} is complete already")
+    return True
 
 
 class ResumableArray:
@@ -435,6 +486,78 @@ class BackgroundWriter:
             self.pending.popleft().result()
 
 
+class Latents:
+    """Reads what this script wrote, or a set made by hand: moments.npy and labels.npy as above, and a latents.json
+    with at least {"vae": name, "shift": float or list, "scale": float or list, "num_classes": int}.
+
+    facts: what training and sampling need to know of the set, and a resumed run must find unchanged: these keys,
+    latent_shape [C, H, W], count, flip and, with_images, image_size. What is wrong is one sentence.
+    """
+
+    def __init__(self, folder, with_images=False):
+        folder = Path(folder)
+        if not (folder / "latents.json").exists():
+            if (folder / "moments.npy.settings").exists():
+                fail(f"the latents at {folder} are unfinished; run the same extract_latents.py command again")
+            fail(f"no latents at --data {folder}; make them with `python extract_latents.py --images FOLDER "
+                 f"--out {folder}`, or see the whole pipeline on drawn images with `python tests/demo.py`")
+        if with_images and not (folder / "images.npy").exists():
+            fail(f"--repa-depth needs the images, and {folder} has no images.npy: extract with --store-images")
+        try:
+            about = json.loads((folder / "latents.json").read_text())
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+            self.labels = np.load(folder / "labels.npy").astype(np.int64, casting="safe")
+            self.images = np.load(folder / "images.npy", mmap_mode="r") if with_images else None
+            self.shift, self.scale = (np.array(about[key], np.float32).reshape(-1, 1, 1) for key in ("shift", "scale"))
+            self.facts = {key: about[key] for key in ("vae", "shift", "scale", "num_classes")}
+            self.facts |= {"files_sha256": about.get("files_sha256"), **self.check()}
+        except (OSError, *MALFORMED) as error:
+            fail(f"the latents at {folder} are damaged ({type(error).__name__}: {first_line(error)}); remove the "
+                 "folder and extract them again")
+
+    def check(self):
+        """The facts that the arrays tell; raises ValueError where they do not fit together."""
+        rows, channels, height, width = self.moments.shape
+        count, channels, num_classes = len(self.labels), channels // 2, self.facts["num_classes"]
+        if self.moments.dtype.kind != "f" or not self.moments.flags.c_contiguous:
+            raise ValueError("moments.npy is not an array of floats in C order")
+        if self.moments.shape[1:] != (2 * channels, height, height) or rows not in (count, 2 * count):
+            raise ValueError(f"moments of shape {self.moments.shape} are not (N, 2C, H, H) for {count} labels")
+        if type(num_classes) is not int or self.labels.min() < 0 or self.labels.max() >= num_classes:
+            raise ValueError(f"labels are {self.labels.min()} to {self.labels.max()}, num_classes is {num_classes}")
+        for value in (self.shift, self.scale):
+            if len(value) not in (1, channels) or not np.isfinite(value).all():
+                raise ValueError(f"shift and scale must each be one number or {channels}")
+        facts = {"latent_shape": [channels, height, width], "count": count, "flip": rows > count}
+        if self.images is not None:
+            size = facts["image_size"] = self.images.shape[1]
+            if self.images.shape != (count, size, size, 3) or self.images.dtype != np.uint8:
+                raise ValueError(f"images.npy holds {self.images.dtype} of shape {self.images.shape}, and there are "
+                                 f"{count} labels")
+        return facts
+
+    def read(self, rows):
+        """mean and std of x (B, C, H, W) float32, labels (B,) and, with_images, images (B, 3, S, S) uint8, as tensors.
+
+        x = (z - shift) * scale is what is trained on; rows: (B,), those from `count` on are mirror images.
+        """
+        mean, std = np.split(read_rows(self.moments, rows).astype(np.float32), 2, axis=1)
+        mirrored, rows = np.divmod(rows, len(self.labels))
+        arrays = [(mean - self.shift) * self.scale, std * self.scale, self.labels[rows]]
+        if self.images is not None:
+            images = read_rows(self.images, rows).transpose(0, 3, 1, 2)
+            arrays.append(np.where(mirrored.reshape(-1, 1, 1, 1), images[..., ::-1], images))
+        return tuple(map(torch.from_numpy, arrays))
+
+
+def read_rows(array, rows):
+    """array[rows] of a memory-mapped array. Unlike page faults, these system calls let the other threads run."""
+    size = array[0].nbytes
+    with open(array.filename, "rb") as file:
+        found = [os.pread(file.fileno(), size, array.offset + int(row) * size) for row in rows]
+    return np.frombuffer(b"".join(found), array.dtype).reshape(len(rows), *array.shape[1:])
+
+
 def encode_files(vae, batches, moments, files, device, stored=None):
     """Encode the batches of ImageFiles into the array `moments`, and put the images themselves into `stored` if it is given.
 
@@ -474,7 +597,7 @@ def parse_args():
     parser.add_argument("--store-images", action="store_true", help="keep the cropped images, which train.py --repa-depth needs")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the stored moments")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per forward on one device")
-    parser.add_argument("--num-workers", type=natural, default=8, help="processes per GPU that decode and crop images")
+    parser.add_argument("--num-workers", type=nonnegative_int, default=8, help="processes per GPU that decode and crop images")
     return parser.parse_args()
 
 
@@ -501,7 +624,7 @@ def main():
         latent = encode(vae, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
         side = decode(vae, latent.chunk(2, dim=1)[0], shift or 0.0, scale or 1.0).shape[1]
     except (RuntimeError, ValueError, TypeError) as error:
-        fail(f"the VAE cannot encode images of --image-size {args.image_size}: {reason(error)}")
+        fail(f"the VAE cannot encode images of --image-size {args.image_size}: {first_line(error)}")
     if side != args.image_size:
         fail(f"the VAE makes images of {side} pixels out of those of --image-size {args.image_size}: take a multiple of what "
              "one latent pixel covers")
@@ -526,19 +649,18 @@ def main():
     if rank == 0:
         for array in filter(None, (stored, moments)):
             array.finish()
-        with whole_file(out / "labels.npy") as file:
+        with atomic_write(out / "labels.npy") as file:
             np.save(file, np.array(labels, np.int64))
         if scale is None:
             print(f"the config of {vae_name} gives no scale for its latents; they are normalised by their own mean and std")
             shift, scale = measure_normalization(moments.path)
         origin = {"images": str(Path(args.images).resolve()), "crop": "ADM centre crop", "torch": torch.__version__}
         write_json(out / "latents.json", {**settings, "latent_shape": [channels, height, width], "shift": shift,
-                                          "scale": scale, "class_names": classes, "made_with": origin})
+                                          "scale": scale, "num_classes": len(classes), "class_names": classes,
+                                          "made_with": origin})
         for array in filter(None, (stored, moments)):
             clean_up(array.path)
         print(f"{out}: {len(files)} images of {len(classes)} classes, latents {channels}x{height}x{width}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ import hashlib
 import os
 import sys
 import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -31,8 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from extract_latents import (Parser, barrier, fail, init_distributed, load_image, natural, positive_int, reason, run,
-                             whole_file, write_json)
+from extract_latents import (Parser, atomic_write, barrier, fail, first_line, init_distributed, load_image,
+                             nonnegative_int, positive_int, read_ahead, run, write_json)
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -260,7 +258,7 @@ def load_network(weights, detector, device):
         try:
             network = Detector(torch.jit.load(detector, map_location=device))
         except Exception as error:  # zip, TorchScript and device errors have no common class
-            fail(f"--detector {detector} cannot be loaded as a TorchScript module: {reason(error)}")
+            fail(f"--detector {detector} cannot be loaded as a TorchScript module: {first_line(error)}")
         return network.eval(), f"detector {sha256(detector)[:16]}"
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
     if not weights:
@@ -269,7 +267,7 @@ def load_network(weights, detector, device):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(WEIGHTS_URL, path, hash_prefix=WEIGHTS_SHA256)
             except Exception as error:  # network, disk and hash errors have no common class
-                fail(f"the Inception weights {WEIGHTS} are not here and cannot be downloaded ({reason(error)}): get them from "
+                fail(f"the Inception weights {WEIGHTS} are not here and cannot be downloaded ({first_line(error)}): get them from "
                      f"{WEIGHTS_URL} and put them into {path.parent}, or name the file with --weights")
         barrier()
     try:
@@ -277,7 +275,7 @@ def load_network(weights, detector, device):
         network = InceptionV3()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # file, pickle and shape errors have no common class
-        fail(f"{path} does not hold the weights of {WEIGHTS}: {reason(error)} (get that file from {WEIGHTS_URL})")
+        fail(f"{path} does not hold the weights of {WEIGHTS}: {first_line(error)} (get that file from {WEIGHTS_URL})")
     if digest != WEIGHTS_SHA256 and not weights:
         fail(f"{path} is damaged: its sha256 is not {WEIGHTS_SHA256}; remove it and run the same command again")
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
@@ -306,7 +304,7 @@ class Images(Dataset):
             else:
                 raise ValueError("it is neither an .npz, an .npy nor a folder" if self.path.exists() else "there is no such file")
         except Exception as error:  # file, zip, header, pickle and PIL errors have no common class
-            fail(f"{path} cannot be read: {reason(error)}")
+            fail(f"{path} cannot be read: {first_line(error)}")
         if self.count < 4:
             fail(f"{path} holds {self.count} image(s), and the third nearest neighbour needs at least 4")
 
@@ -355,7 +353,7 @@ class Images(Dataset):
             try:
                 images.append(self.read(row))
             except Exception as error:  # as above; in a worker process, so that it is the caller who says it
-                return f"{self.files[row] if self.files else f'{self.path}, image {row},'} cannot be used: {reason(error)}"
+                return f"{self.files[row] if self.files else f'{self.path}, image {row},'} cannot be used: {first_line(error)}"
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     def read(self, row):
@@ -408,7 +406,7 @@ def extract(network, space, images, keep, args, rank, world_size, device):
                     raise ValueError("it holds features of other images")
                 return found
             except Exception as error:  # zip and header errors have no common class
-                fail(f"the cache {cache} cannot be read ({reason(error)}); remove it")
+                fail(f"the cache {cache} cannot be read ({first_line(error)}); remove it")
 
     widths = {name: x.shape[1] for name, x in apply(network, images[range(1)], device).items()}
     kept = {name: torch.zeros(len(keep), width) for name, width in widths.items() if name != "spatial"}
@@ -419,7 +417,7 @@ def extract(network, space, images, keep, args, rank, world_size, device):
     if images.files:
         loader = DataLoader(images, batch_size=None, sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
     else:
-        loader = read_ahead(images, batches)
+        loader = read_ahead(images.__getitem__, batches)
     progress = tqdm(loader, total=len(batches), desc=f"{images.path.name}, {world_size} process(es)", unit="batch", disable=rank > 0)
     for batch, rows in zip(progress, batches):
         outputs = apply(network, batch, device)
@@ -439,22 +437,10 @@ def extract(network, space, images, keep, args, rank, world_size, device):
     if rank == 0 and not all(np.isfinite(value).all() for value in found.values()):
         fail(f"the features of {images.path} hold NaN or infinite values, which would make every metric meaningless")
     if rank == 0 and args.cache:
-        with whole_file(cache) as file:
+        with atomic_write(cache) as file:
             np.savez(file, **found)
     barrier()  # no other process looks for the file before it is whole
     return found
-
-
-def read_ahead(images, batches):
-    """images[rows] for each of the batches, read in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = deque()
-        for rows in batches:
-            coming.append(thread.submit(images.__getitem__, rows))
-            if len(coming) > 2:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
 
 
 def apply(network, batch, device):
@@ -464,7 +450,7 @@ def apply(network, batch, device):
     try:
         outputs = network(batch.to(device, non_blocking=True))
     except Exception as error:  # a detector may raise anything
-        fail(f"the network cannot take {len(batch)} images of {batch.shape[2]}x{batch.shape[3]} pixels: {reason(error)}")
+        fail(f"the network cannot take {len(batch)} images of {batch.shape[2]}x{batch.shape[3]} pixels: {first_line(error)}")
     return {name: x for name, x in zip(("features", "spatial", "probabilities"), outputs) if x is not None}
 
 
@@ -502,7 +488,7 @@ def use_stored(found, images, space):
 def write_reference(path, images, found, space):
     """Write ADM's reference format, arr_0 (drawn images, uint8) and the statistics of all images, an image at a time."""
     rows, arrays = images.drawn(), {name: found[name] for pair in STATISTICS.values() for name in pair if name in found}
-    with whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive:
+    with atomic_write(path) as whole, zipfile.ZipFile(whole, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *images.size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -575,7 +561,7 @@ def parse_args():
     parser.add_argument("--detector", help="TorchScript module that takes Inception's place, see above")
     parser.add_argument("--cache", metavar="FOLDER", help="keep the features of each input there and use them again")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per forward on one device")
-    parser.add_argument("--num-workers", type=natural, default=min(8, os.cpu_count()), help="processes per device that read a folder")
+    parser.add_argument("--num-workers", type=nonnegative_int, default=min(8, os.cpu_count()), help="processes per device that read a folder")
     args = parser.parse_args()
     if bool(args.ref) == bool(args.save_stats):
         fail("give either --ref, to compare, or --save-stats, to make a reference")
@@ -611,8 +597,6 @@ def main():
     elif rank == 0:
         reference = sets[0]
         report(args, samples, reference, found[samples], found[reference], warnings, space, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""SiT with alignment heads: a transformer that predicts the velocity v of a noised latent x_t; and REPA's image encoder.
+"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; and REPA's image encoder.
 
-Parameter names are those of SiT and REPA, so that their published weights load. Shapes in comments: B images, N = (H/p)(W/p)
-tokens of width D, C latent channels, patch size p.
+Parameter names are SiT's and REPA's, so that their published weights load. Shapes in comments: B images,
+N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
 """
 
+import fcntl
+import inspect
 import math
+import os
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -24,7 +28,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # every block keeps these strides
 
 
 def unpatchify(tokens, patch_size, channels):
@@ -46,20 +50,18 @@ def patchify(x, patch_size):
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0, 1] -> (B, D): sines and cosines of t, then an MLP."""
 
-    def __init__(self, hidden_size, frequencies=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        half = self.frequencies // 2
-        omega = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        omega = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * omega
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) in [0, num_classes] -> (B, D). The last row, num_classes, is the null class of classifier-free guidance."""
+    """Labels (B,) in [0, num_classes] -> (B, D). num_classes is classifier-free guidance's null class."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -70,7 +72,7 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(hidden_size, side):
-    """The fixed 2-D sine-cosine table (1, side * side, D): the first half of D encodes the column, the second the row."""
+    """The fixed sine-cosine table (1, side * side, D): first half of D for the column, second for the row."""
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
@@ -87,7 +89,7 @@ class Attention(nn.Module):
 
     def forward(self, h):
         b, n, d = h.shape
-        q, k, v = self.qkv(h).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        q, k, v = self.qkv(h).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
@@ -113,7 +115,8 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, h, c):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         h = h + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_msa, scale_msa))
         return h + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_mlp, scale_mlp))
 
@@ -132,42 +135,57 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(h), shift, scale))
 
 
-class AlignHead(nn.Module):
-    """VAE-REPA's MLP P (paper section 3.2.2): block output (B, N, D) -> predicted clean patches (B, N, p * p * C).
+def linears(*widths):
+    """Linear layers of these widths, SiLU after each."""
+    return [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
 
-    `layers` - 1 linear layers, SiLU after each, then SiT's final layer, which counts as one. With 5: D -> 2D -> 2D -> 2D -> D;
-    with 2: D -> D. The paper gives no widths; these reproduce its parameter counts and FLOPs (section 4.2, Table 4).
+
+class AlignHead(nn.Module):
+    """VAE-REPA's MLP P (section 3.2.2): block output (B, N, D), c (B, D) -> clean patches (B, N, p * p * C).
+
+    Linear layers with SiLU, D -> 2D -> 2D -> 2D -> D of 5 layers and D -> D of 2, then one like SiT's last.
+    The paper gives no widths; these reproduce its parameter counts and FLOPs (section 4.2, Table 4).
     """
 
     def __init__(self, hidden_size, patch_size, out_channels, layers):
         super().__init__()
-        widths = [hidden_size, *[2 * hidden_size] * (layers - 2), hidden_size]
-        self.mlp = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())])
+        self.mlp = nn.Sequential(*linears(hidden_size, *[2 * hidden_size] * (layers - 2), hidden_size))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        init_linears(self)
+        zero_final_layer(self.final_layer)
 
     def forward(self, h, c):
         return self.final_layer(self.mlp(h), c)
 
 
-class SiT(nn.Module):
-    """SiT (arXiv 2401.08740) with, if vae_repa_depth > 0, VAE-REPA's head on the output of block vae_repa_depth (1-based).
+class Projector(nn.Module):
+    """REPA's and SRA's head: an MLP, (B, N, D) -> (B, N, widths[-1])."""
 
-    model(x_t, t, y) -> v (B, C, H, W), for latents x_t (B, C, H, W) with H = W = input_size, times t (B,) in [0, 1], 1 is
-    noise, and labels y (B,) where y = num_classes is the null class.
-    model(x_t, t, y, return_align=True) -> (v, predictions), a dict that holds for each head there is what it predicts:
-    "vae_repa" the clean latent (B, C, H, W), "repa" the encoder's tokens (B, N, repa_dim), "sra" the teacher's (B, N, D).
-    Raises ValueError for sizes that do not fit together.
+    def __init__(self, *widths):
+        super().__init__()
+        self.mlp = nn.Sequential(*linears(*widths)[:-1])
+        init_linears(self)
+
+    def forward(self, h, c):
+        return self.mlp(h)
+
+
+class SiT(nn.Module):
+    """SiT (arXiv 2401.08740) with alignment heads, each on the output of block NAME_depth, counted from 1.
+
+    model(x_t, t, y) -> v (B, C, H, W), for latents x_t (B, C, H, W) with H = W = input_size, times t (B,) in
+    [0, 1], where 1 is noise, and labels y (B,), where num_classes is the null class.
+    model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
+    clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
+    teacher's (D). Depth 0 builds no head. Raises ValueError for sizes that do not fit together.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-                 num_classes=1000, vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000,
+                 vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not divisible by the patch size {patch_size}")
-        self.align_depths = {"vae_repa": vae_repa_depth, "repa": repa_depth, "sra": sra_depth}
-        for method, at in self.align_depths.items():
-            if not 0 <= at <= depth:
-                raise ValueError(f"{method} depth {at} is not within the model's {depth} blocks (0 turns it off)")
         if vae_repa_layers < 2:
             raise ValueError(f"an alignment head has at least 2 layers, not {vae_repa_layers}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -176,23 +194,27 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        # a buffer and not a parameter, so that neither the optimizer nor the EMA touches it
+        # a buffer, which neither optimizer nor EMA touches
         self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
-        if vae_repa_depth:  # heads are made last: with the same seed, the rest starts as plain SiT does
-            self.vae_repa_head = AlignHead(hidden_size, patch_size, in_channels, vae_repa_layers)
-            init_linears(self.vae_repa_head)
-            zero_final_layer(self.vae_repa_head.final_layer)
-        if repa_depth:  # named as in REPA's files
-            self.projectors = nn.ModuleList([nn.Sequential(
-                nn.Linear(hidden_size, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(), nn.Linear(2048, repa_dim))])
-            init_linears(self.projectors)
-        if sra_depth:  # named as in SRA's files
-            self.ap_head = nn.Sequential(
-                nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size))
-            init_linears(self.ap_head)
+
+        self.heads = nn.ModuleDict()  # made last: with the same seed, the rest starts as plain SiT does
+        self.head_depths = {}
+        if vae_repa_depth:
+            head = AlignHead(hidden_size, patch_size, in_channels, vae_repa_layers)
+            self.add_head("vae_repa", vae_repa_depth, head)
+        if repa_depth:
+            self.add_head("repa", repa_depth, Projector(hidden_size, 2048, 2048, repa_dim))
+        if sra_depth:
+            self.add_head("sra", sra_depth, Projector(hidden_size, 2 * hidden_size, hidden_size))
+
+    def add_head(self, name, depth, head):
+        """Let head(h, c) predict from the output h (B, N, D) of block `depth`, counted from 1."""
+        if not 1 <= depth <= len(self.blocks):
+            raise ValueError(f"{name} depth {depth} is not one of the {len(self.blocks)} blocks (0 is off)")
+        self.heads[name], self.head_depths[name] = head, depth
 
     def initialize_weights(self):
         init_linears(self)
@@ -206,7 +228,7 @@ class SiT(nn.Module):
         zero_final_layer(self.final_layer)
 
     def embed(self, x_t, t, y):
-        """Tokens (B, N, D) and condition (B, D)."""
+        """Tokens (B, N, D) and condition c (B, D)."""
         return self.x_embedder(x_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
     def forward(self, x_t, t, y, return_align=False):
@@ -215,23 +237,14 @@ class SiT(nn.Module):
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)                                      # (B, N, D)
             if return_align:
-                predictions |= self.align(h, c, depth)
+                predictions |= {name: head(h, c) for name, head in self.heads.items()
+                                if self.head_depths[name] == depth}
         v = unpatchify(self.final_layer(h, c), self.patch_size, self.in_channels)  # (B, C, H, W)
         return (v, predictions) if return_align else v
 
-    def align(self, h, c, depth):
-        """What the heads on block `depth` predict from its output h (B, N, D)."""
-        predictions = {}
-        if depth == self.align_depths["vae_repa"]:
-            predictions["vae_repa"] = unpatchify(self.vae_repa_head(h, c), self.patch_size, self.in_channels)
-        if depth == self.align_depths["repa"]:
-            predictions["repa"] = self.projectors[0](h)
-        if depth == self.align_depths["sra"]:
-            predictions["sra"] = self.ap_head(h)
-        return predictions
-
+    @torch.no_grad()
     def block_output(self, x_t, t, y, depth):
-        """The output (B, N, D) of block `depth`; the blocks after it do not run. It is what SRA's teacher gives."""
+        """The output (B, N, D) of block `depth`, SRA's target, without gradient; later blocks do not run."""
         h, c = self.embed(x_t, t, y)
         for block in self.blocks[:depth]:
             h = block(h, c)
@@ -251,17 +264,16 @@ def zero_final_layer(layer):
 
 
 class Encoder(nn.Module):
-    """A DINOv2 as REPA uses it: uint8 images (B, 3, S, S) -> normalised patch tokens (B, N, dim), without gradient.
+    """A DINOv2 of torch.hub as REPA uses it: uint8 images (B, 3, S, S) -> patch tokens (B, N, dim).
 
-    network: a DINOv2 of torch.hub, with pos_embed (1, 1 + n, dim), patch_size and forward_features. image_size: S; the
-    network sees it at 7/8 of that, 224 pixels for 256 and 448 for 512. Raises ValueError for sizes that do not fit.
+    It sees 7/8 of image_size: 224 pixels for 256, 448 for 512. Raises ValueError if sizes do not fit.
     """
 
     def __init__(self, network, image_size):
         super().__init__()
         self.input_size = image_size * 7 // 8
         if image_size * 7 % 8 or self.input_size % network.patch_size:
-            raise ValueError(f"7/8 of an image of {image_size} pixels does not hold whole patches of {network.patch_size}")
+            raise ValueError(f"7/8 of {image_size} pixels is not a multiple of {network.patch_size}")
         self.side = self.input_size // network.patch_size
         self.dim = network.pos_embed.shape[2]
         network.pos_embed = nn.Parameter(resample_positions(network.pos_embed.detach(), self.side))
@@ -270,7 +282,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def preprocess(self, images):
-        """uint8 (B, 3, S, S) -> what the network sees: normalised, then resized by bicubic interpolation without antialias."""
+        """uint8 (B, 3, S, S) -> what the network sees: normalised, then resized, bicubic, no antialias."""
         x = (images.float() / 255 - self.mean) / self.std
         return F.interpolate(x, size=(self.input_size, self.input_size), mode="bicubic")
 
@@ -280,7 +292,7 @@ class Encoder(nn.Module):
 
 
 def resample_positions(pos_embed, side):
-    """Position table (1, 1 + n, D) -> (1, 1 + side * side, D): the class token's kept, the grid's bicubic with antialias."""
+    """Positions (1, 1 + n, D) -> (1, 1 + side * side, D): the class token's is kept, the grid is resized."""
     cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(grid.shape[1])
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
@@ -288,10 +300,47 @@ def resample_positions(pos_embed, side):
     return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
+def load_encoder(name, hub, image_size):
+    """An `Encoder` of torch.hub's facebookresearch/dinov2 or of `hub`, a clone of it; raises ValueError."""
+    try:
+        if hub:
+            weights = Path(hub, f"{name}_pretrain.pth")
+            network = torch.hub.load(hub, name, source="local", pretrained=not weights.exists())
+            if weights.exists():
+                network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        else:
+            os.makedirs(torch.hub.get_dir(), exist_ok=True)
+            with open(Path(torch.hub.get_dir(), "dinov2.lock"), "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
+                network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
+        return Encoder(network, image_size)
+    except Exception as error:  # hub, network, code, file and shape errors have no common class
+        raise ValueError(f"encoder {name} of {hub or 'torch.hub'}: {error}") from error
+
+
+def to_bf16(model):
+    """Keep in bf16 the weights that autocast rounds in every call: same results, half the memory."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.bfloat16()
+
+
 # size: depth, width, heads
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 128, 4)}
-SiT_models = {f"SiT-{size}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
-              for size, (depth, width, heads) in SIZES.items() for patch in (1, 2, 4, 8)}
-# the block whose output the paper aligns (section 4.2), and SRA's student and teacher; S and Ti are in no paper
+SiT_models = {f"SiT-{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
+              for size, (depth, width, heads) in SIZES.items() for p in (1, 2, 4, 8)}
+# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
 ALIGN_DEPTHS = {"XL": 8, "L": 8, "B": 2, "S": 2, "Ti": 2}
 SRA_DEPTHS = {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8), "Ti": (2, 4)}
+
+HEADS = ("heads.", "projectors.", "ap_head.")  # names of heads' weights: ours, REPA's, SRA's
+
+
+def build_model(settings, heads=False):
+    """The SiT that a checkpoint's settings describe, with or without the heads it trains with."""
+    data = settings["data"]
+    channels, size, _ = data["latent_shape"]
+    names = inspect.signature(SiT).parameters  # its heads' options have the names of train.py's flags
+    options = {name: settings[name] for name in names if name in settings} if heads else {}
+    return SiT_models[settings["model"]](
+        input_size=size, in_channels=channels, num_classes=data["num_classes"], **options)

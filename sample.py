@@ -1,10 +1,10 @@
 """Draw images from a checkpoint of train.py, or from one that REPA or SRA published.
 
-    python sample.py --ckpt runs/NAME/checkpoints/0400000.pt --classes 207 360 388 --cfg-scale 4         # a grid to look at
-    torchrun --nproc_per_node=8 sample.py --ckpt … --num-samples 50000 --cfg-scale 1.8 --guidance-interval 0 0.7
+    python sample.py --ckpt FILE --classes 207 360 388 --cfg-scale 4              # a grid to look at
+    torchrun --nproc_per_node=8 sample.py --ckpt FILE --num-samples 50000         # an .npz for fid.py
 
-Time: t = 1 is noise, t = 0 is data, and sampling runs from 1 to 0. Image i depends on (--seed, i) alone, not on the batch size
-or the number of processes (to rounding). Killed, the same command continues.
+t = 1 is noise, t = 0 is data, and sampling runs from 1 to 0. Image i depends on (--seed, i) alone, not on the
+batch size or the number of processes (to rounding). If interrupted, run the same command again.
 """
 
 import argparse
@@ -17,18 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from extract_latents import (BackgroundWriter, Parser, ResumableArray, barrier, check_same_settings, clean_up, decode, fail,
-                             init_distributed, load_vae, natural, positive_int, read_json, reason, rename, run,
-                             whole_file, write_json)
-from models import SIZES, SiT_models
+from extract_latents import (MALFORMED, Parser, ResumableArray, atomic_write, barrier, clean_up, decode, fail,
+                             first_line, fraction, init_distributed, is_complete, load_vae, nonnegative_int,
+                             positive_int, rename, rng, run, write_json)
+from models import HEADS, SIZES, build_model, to_bf16
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
-    """v at (x, t), guided while t lies in the interval: v0 + cfg_scale (v - v0), where v0 is the null class's velocity."""
+    """v at (x, t), guided if t is in the interval: v0 + cfg_scale (v - v0), where v0 is the null class's."""
     times = x.new_full((len(x),), t)
     low, high = guidance_interval
     if cfg_scale == 1 or not low <= t <= high:  # outside the interval the unconditional half is not computed
@@ -40,10 +39,10 @@ def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
 
 @torch.no_grad()
 def sample_sde(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), generators=None):
-    """Euler-Maruyama for dx = (v - w_t s / 2) dt + sqrt(w_t) dW with w_t = 2t, as REPA samples (paper section 4.1, Eq. 6).
+    """Euler-Maruyama for dx = (v - w_t s / 2) dt + sqrt(w_t) dW, w_t = 2t, as in REPA (section 4.1, Eq. 6).
 
-    z: noise (B, C, H, W); y: labels (B,); generators: one torch.Generator per image, or None for torch's global one.
-    Returns latents (B, C, H, W). Times: num_steps from 1 to 0.04, and a last step from 0.04 to 0 without noise.
+    z: noise (B, C, H, W); y: labels (B,); generators: one torch.Generator an image, or None for torch's own.
+    Returns latents (B, C, H, W). Times: num_steps from 1 to 0.04, then one step to 0 without noise.
     """
     x = z
     for t, t_next in pairwise([*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]):
@@ -58,7 +57,7 @@ def sample_sde(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0
 
 @torch.no_grad()
 def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), heun=False):
-    """Euler's method, or Heun's, for dx = v dt over num_steps equal steps from t = 1 to 0; arguments as in `sample_sde`."""
+    """Euler's method, or Heun's, for dx = v dt: num_steps equal steps from 1 to 0; else as `sample_sde`."""
     x = z
     for t, t_next in pairwise(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()):
         dt = t_next - t
@@ -69,246 +68,124 @@ def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0
     return x
 
 
-def stream(seed, index, device):
-    """A generator that depends on (seed, index) alone; indices of one seed never share a stream."""
-    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # hashed, so that neighbouring seeds lie far apart
-    return torch.Generator(device).manual_seed((int(base) + index) % 2**63)
-
-
 def randn_like(x, generators):
     if generators is None:
         return torch.randn_like(x)
-    return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generators])
+    new = torch.empty_like(x)
+    for image, generator in zip(new, generators):
+        image.normal_(generator=generator)
+    return new
 
 
-def sample_images(model, vae, data, rows, y, seed, precision, mode="sde", **options):
-    """Images `rows` of the stream `seed`, as uint8 (B, S, S, 3) on the model's device; data: the checkpoint's data settings."""
+def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **options):
+    """Images `rows` of a seed, of classes y, as uint8 (B, S, S, 3) on the model's device.
+
+    facts: a checkpoint's settings["data"]; options: of `sample_sde` or `sample_ode`.
+    """
     device = next(model.parameters()).device
-    generators = [stream(seed, i, device) for i in rows]
-    z = randn_like(torch.empty(len(rows), *data["latent_shape"], device=device), generators)
+    generators = [rng(seed, i, device) for i in rows]
+    z = randn_like(torch.empty(len(rows), *facts["latent_shape"], device=device), generators)
     y = torch.as_tensor(y, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # the state x stays in float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # x stays float32
         if mode == "sde":
             x = sample_sde(model, z, y, generators=generators, **options)
         else:
-            x = sample_ode(model, z, y, **options)
-    return decode(vae, x, data["shift"], data["scale"])
-
-
-def to_bf16(model):
-    """Keep the weights that autocast would round in every call in bf16: the same results, in half the memory."""
-    for layer in model.modules():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            layer.bfloat16()
+            x = sample_ode(model, z, y, heun=mode == "heun", **options)
+    return decode(vae, x, facts["shift"], facts["scale"])
 
 
 def save_grid(images, columns, path):
-    """Write images (N, S, S, 3) row by row into one PNG."""
-    size = images.shape[1]
-    grid = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
-    for i, image in enumerate(images):
-        grid.paste(Image.fromarray(image), (i % columns * size, i // columns * size))
-    with whole_file(path) as file:
-        grid.save(file, "PNG")
-
-
-HEADS = ("vae_repa_head.", "projectors.", "ap_head.")  # of VAE-REPA, REPA and SRA; not needed to sample
-
-
-def build_model(settings, heads=False):
-    """The SiT that a settings dict describes, with or without its alignment heads."""
-    data = settings["data"]
-    channels, size, _ = data["latent_shape"]
-    names = ("vae_repa_depth", "vae_repa_layers", "repa_depth", "repa_dim", "sra_depth")
-    options = {name: settings[name] for name in names if name in settings} if heads else {}
-    return SiT_models[settings["model"]](input_size=size, in_channels=channels, num_classes=data["num_classes"], **options)
+    """Write images (N, S, S, 3), N a multiple of columns, row by row into one PNG."""
+    rows = images.reshape(-1, columns, *images.shape[1:])  # (rows, columns, S, S, 3)
+    with atomic_write(path) as file:
+        Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
 
 
 def load_checkpoint(path):
-    """A checkpoint's contents on the CPU, read from disk as they are used; no code in the file is run."""
-    if not Path(path).is_file():
-        fail(f"there is no checkpoint {path}")
+    """A checkpoint's contents on the CPU, read from disk when used; no code in the file is run."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA and SRA store one; ours hold plain dicts
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and header errors have no common class
-        fail(f"{path} cannot be read as a checkpoint ({reason(error)}): it may be cut off, or of torch's format before 1.6")
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("ema", {}), dict):
-        fail(f"{path} does not hold a checkpoint")
+        if not isinstance(checkpoint, dict):
+            raise ValueError("it holds something else")
+    except Exception as error:  # file, zip, pickle and header errors have no common class
+        fail(f"{path} cannot be read as a checkpoint: {first_line(error)}")
     return checkpoint
 
 
-def load_weights(path):
-    """(EMA weights without alignment heads, named as in models.py; the settings that they were trained with)."""
+def load_model(path, device="cpu"):
+    """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
     checkpoint = load_checkpoint(path)
     weights = checkpoint.get("ema", checkpoint)
     try:
-        if "settings" in checkpoint:
-            settings = checkpoint["settings"]
-            if not {"model", "data"} <= set(settings):
-                raise ValueError("its settings are not those of train.py")
-        else:
-            settings = published_settings(weights)
-            encoder_depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-            weights = {rename_published(key, encoder_depth): value for key, value in weights.items()}
-        weights = {key: value for key, value in weights.items() if not key.startswith(HEADS)}
-        return weights, {**settings, "step": checkpoint.get("step", checkpoint.get("steps"))}
-    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        fail(f"the weights in {path} do not fit a SiT of train.py, REPA or SRA ({type(error).__name__}: {reason(error)})")
-
-
-def load_model(path, device="cpu"):
-    """(model with the EMA weights and no alignment head, in eval mode; the settings it was trained with)."""
-    weights, settings = load_weights(path)
-    kind = "a SiT of train.py, REPA or SRA"
-    try:
-        kind = settings["model"]
-        with torch.device("meta"):  # no time for an initialisation that the weights replace
+        settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
+        with torch.device("meta"):  # spends no time on initial weights
             model = build_model(settings)
-        kind += f" with {model.num_classes} classes"
-        model.load_state_dict(weights, assign=True)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"the weights in {path} do not fit {kind} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    return model.float().to(device).eval(), settings
+        model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
+    except MALFORMED as error:
+        fail(f"{path} does not fit a SiT of train.py, REPA or SRA: {first_line(error)}")
+    return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step")}
 
 
 def published_settings(weights):
-    """Settings of REPA's and SRA's files, read off the shapes of their weights; SD-VAE's latents, decoded as they do it."""
+    """Settings of REPA's and SRA's files, by the shapes of their weights; VAE and scale are theirs."""
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth = len({key.rsplit(".attn", 1)[0] for key in weights if key.endswith("attn.qkv.weight")})
-    size = next(size for size, (d, w, _) in SIZES.items() if (d, w) == (depth, width))
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    size = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    data = {"vae": "stabilityai/sd-vae-ft-ema", "shift": 0.0, "scale": 0.18215, "latent_shape": [channels, side, side],
-            "num_classes": num_classes}
-    return {"model": f"SiT-{size}/{patch}", "data": data}
-
-
-def rename_published(key, encoder_depth):
-    """REPA's oldest files count the blocks after the projector anew: decoder_blocks.0 follows the last of blocks."""
-    if not key.startswith("decoder_blocks."):
-        return key
-    _, index, rest = key.split(".", 2)
-    return f"blocks.{int(index) + encoder_depth}.{rest}"
+    facts = {"vae": "stabilityai/sd-vae-ft-ema", "shift": 0.0, "scale": 0.18215, "num_classes": num_classes}
+    return {"model": f"SiT-{size}/{patch}", "data": {**facts, "latent_shape": [channels, side, side]}}
 
 
 def parse_args():
+    cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint file; its EMA weights are used")
-    add("--classes", type=int, nargs="+", help="draw these classes (default: up to 10, evenly spaced)")
-    add("--per-class", type=positive_int, default=8, help="images of each of --classes")
-    add("--num-samples", type=positive_int, help="draw this many images of random classes instead")
-    add("--class-balanced", action="store_true", help="every class equally often in --num-samples, which lowers FID a little")
-    add("--out", help="FILE.png: a grid; FILE.npz: arr_0, uint8 NHWC, for ADM's evaluator; else a folder of PNGs (default: in "
-                      "the run's samples/, a grid, or an npz for --num-samples)")
-    add("--mode", choices=["sde", "ode"], default="sde", help="Euler-Maruyama, or the probability-flow ODE")
-    add("--heun", action="store_true", help="Heun's method instead of Euler's, for --mode ode")
+    add = parser.group("what to draw")
+    add("--ckpt", required=True, metavar="FILE", help="checkpoint, whose EMA weights are used")
+    add("--classes", type=int, nargs="+", help="classes (default: up to 10, evenly spaced)")
+    add("--per-class", type=positive_int, default=8, help="images of each")
+    add("--num-samples", type=positive_int, help="instead: this many images of random classes")
+    add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
+    add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
+    add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")
+    add("--out", help="FILE.png: a grid; FILE.npz: for fid.py or ADM's evaluator (arr_0, uint8, NHWC); else "
+                      "a folder of PNGs (default: in the run's samples/)")
+    add = parser.group("sampler")
+    add("--mode", choices=["sde", "ode", "heun"], default="sde", help="SDE, or ODE by Euler or Heun")
     add("--num-steps", type=positive_int, default=250, help="sampler steps")
     add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"), help="guide where LO <= t <= HI")
-    add("--seed", type=natural, default=0, help="of the noise and the random classes")
+    add("--guidance-interval", type=fraction, nargs=2, default=[0, 1], metavar=("LO", "HI"),
+        help="guide where LO <= t <= HI")
+    add = parser.group("computing")
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
-    add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of the model's matrix products")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA, for --num-samples)")
-    add("--vae", help="another autoencoder to decode with (default: the one in the checkpoint)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="if --num-samples")
     args = parser.parse_args()
-    args.compile = torch.cuda.is_available() and bool(args.num_samples) if args.compile is None else args.compile
-    low, high = args.guidance_interval
-    if args.classes and args.num_samples:
-        fail("--classes and --num-samples exclude each other; give one")
-    if args.class_balanced and not args.num_samples:
-        fail("--class-balanced needs --num-samples")
+    if args.num_samples and args.classes or args.class_balanced and not args.num_samples:
+        fail("--classes cannot be given with --num-samples, nor --class-balanced without it")
     if not 1 <= args.cfg_scale < math.inf:
-        fail(f"--cfg-scale {args.cfg_scale} is not a number from 1 up; 1 is no guidance, and papers use 1.5 to 4")
-    if not 0 <= low <= high <= 1:
-        fail(f"--guidance-interval {low} {high} is not within [0, 1] in rising order")
-    if args.heun and args.mode != "ode":
-        fail("--heun needs --mode ode")
+        fail(f"--cfg-scale {args.cfg_scale} is not a number from 1, no guidance, up")
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        fail(f"--guidance-interval {args.guidance_interval} is not in rising order")
     return args
 
 
 def default_out(args):
+    """A name that tells the settings, in the samples/ of the checkpoint's run."""
     folder = Path(args.ckpt).resolve().parent
-    folder = (folder.parent if folder.name == "checkpoints" else folder) / "samples"
+    folder = folder.parent if folder.name == "checkpoints" else folder
     low, high = args.guidance_interval
     guidance = f"-cfg{args.cfg_scale:g}-{low:g}-{high:g}" if args.cfg_scale > 1 else ""
     what = f"{args.num_samples}.npz" if args.num_samples else "grid.png"
-    sampler = f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"
-    return folder / f"{Path(args.ckpt).stem}-{sampler}{guidance}-seed{args.seed}-{what}"
-
-
-def main():
-    args = parse_args()
-    model, trained = load_model(args.ckpt)
-    data = trained["data"]
-    num_classes = data["num_classes"]
-    wrong = [c for c in args.classes or [] if not 0 <= c < num_classes]
-    if wrong:
-        fail(f"--classes {' '.join(map(str, wrong))}: this checkpoint knows the classes 0 to {num_classes - 1}")
-    if args.num_samples:
-        y = [i % num_classes if args.class_balanced else int(np.random.default_rng([args.seed, i]).integers(num_classes))
-             for i in range(args.num_samples)]
-    else:
-        classes = args.classes or np.linspace(0, num_classes - 1, min(num_classes, 10)).astype(int).tolist()
-        y = [c for c in classes for _ in range(args.per_class)]
-
-    options = {"mode": args.mode, "num_steps": args.num_steps, "cfg_scale": args.cfg_scale,
-               "guidance_interval": list(args.guidance_interval), **({"heun": args.heun} if args.mode == "ode" else {})}
-    vae_name = args.vae or data["vae"]
-    settings = {"ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"], "vae": vae_name, "seed": args.seed,
-                "count": len(y), "precision": args.precision, **options}
-    if args.num_samples:
-        settings["labels"] = "class-balanced" if args.class_balanced else "random"
-    else:
-        settings |= {"labels": y, "per_class": args.per_class}  # per_class: the columns of a grid
-    out = Path(args.out) if args.out else default_out(args)
-    record = Path(f"{out}.json")
-    if out.exists():
-        if not record.exists():
-            fail(f"{out} exists, and nothing says how it was made; give another --out, or remove it")
-        check_same_settings(out, read_json(record), settings)
-        clean_up(out)  # of a command killed as it was doing so
-        print(f"{out} is complete already")
-        return
-
-    vae = load_vae(vae_name)
-    rank, world_size, device = init_distributed("gloo", timedelta(days=2))  # the processes only meet at the end
-    model, vae = model.to(device), vae.to(device)
-    try:
-        side = decode(vae, torch.zeros(1, *data["latent_shape"], device=device), data["shift"], data["scale"]).shape[1]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        fail(f"the VAE {vae_name!r} cannot decode latents of {data['latent_shape']}: {reason(error)}")
-    images = ResumableArray(out, (len(y), side, side, 3), "uint8", settings, rank)
-    if args.precision == "bf16":
-        to_bf16(model)
-    if args.compile:
-        for block in model.blocks:  # for the two sizes of batch there are, with and without the null class
-            block.compile(dynamic=False)
-    batches = images.batches(args.batch_size, rank, world_size)
-    with BackgroundWriter() as writer:
-        for rows in tqdm(batches, desc=f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
-            drawn = list(rows)
-            if args.compile:  # the short batch at the end is filled up, or it would be compiled for anew
-                drawn += [rows[0]] * (min(args.batch_size, len(y)) - len(rows))
-            drawn = sample_images(model, vae, data, drawn, [y[i] for i in drawn], args.seed, args.precision, **options)
-            writer.put(images.write, rows, drawn[: len(rows)])
-
-    barrier()
-    if rank == 0:
-        write_json(record, settings)  # first, so that a file at `out` always has its record
-        write_images(np.load(images.partial, mmap_mode="r"), out, args.per_class)
-        clean_up(out)
-        print(out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    name = f"{Path(args.ckpt).stem}-{args.mode}{args.num_steps}{guidance}-seed{args.seed}-{what}"
+    return folder / "samples" / name
 
 
 def write_images(images, out, per_class):
-    """Write uint8 images (N, S, S, 3) as what the name of `out` asks for, under a temporary name first."""
+    """Write uint8 images (N, S, S, 3) as what the name of `out` asks for; it appears when complete."""
     if out.suffix == ".npz":
-        with whole_file(out) as file:
+        with atomic_write(out) as file:
             np.savez(file, arr_0=images)
     elif out.suffix == ".png":
         save_grid(images, per_class, out)
@@ -317,13 +194,62 @@ def write_images(images, out, per_class):
         temporary.mkdir(exist_ok=True)
         names = [temporary / f"{i:06d}.png" for i in range(len(images))]
         with ThreadPoolExecutor(8) as threads:  # compressing leaves Python free
-            list(tqdm(threads.map(save_png, images, names), desc="writing PNGs", total=len(images)))
+            writing = threads.map(lambda image, name: Image.fromarray(image).save(name), images, names)
+            list(tqdm(writing, "writing PNGs", len(images)))
         os.sync()
         rename(temporary, out)
 
 
-def save_png(image, path):
-    Image.fromarray(image).save(path)
+def main():
+    args = parse_args()
+    model, trained = load_model(args.ckpt)
+    facts = trained["data"]
+    n = facts["num_classes"]
+    if args.classes and not 0 <= min(args.classes) <= max(args.classes) < n:
+        fail(f"--classes {args.classes} are not all in this checkpoint, which has 0 to {n - 1}")
+    if args.num_samples:
+        y = [i % n if args.class_balanced else int(np.random.default_rng([args.seed, i]).integers(n))
+             for i in range(args.num_samples)]
+    else:
+        args.classes = args.classes or np.linspace(0, n - 1, min(n, 10)).astype(int).tolist()
+        y = np.repeat(args.classes, args.per_class).tolist()
+
+    args.vae = args.vae or facts["vae"]
+    out = Path(args.out or default_out(args))
+    record = Path(f"{out}.json")
+    settings = {**vars(args), "ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"]}
+    for key in ("out", "batch_size", "compile"):  # they change no image
+        del settings[key]
+    if is_complete(out, record, settings):
+        return
+
+    vae = load_vae(args.vae)
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))  # they only meet at the end
+    model, vae = model.to(device), vae.to(device)
+    try:
+        x = torch.zeros(1, *facts["latent_shape"], device=device)
+        side = decode(vae, x, facts["shift"], facts["scale"]).shape[1]
+    except MALFORMED as error:
+        fail(f"the VAE {args.vae!r} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
+    images = ResumableArray(out, (len(y), side, side, 3), "uint8", settings, rank)
+    if args.precision == "bf16":
+        to_bf16(model)
+    if args.compile and args.num_samples:
+        for layer in (*model.blocks, model.final_layer):
+            layer.compile(dynamic=False)  # for two batch sizes: guided or not
+    options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
+    batches = images.batches(args.batch_size, rank, world_size)
+    for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
+        labels = [y[i] for i in rows]
+        drawn = sample_images(model, vae, facts, rows, labels, args.seed, args.precision, **options)
+        images.write(rows, drawn.cpu().numpy())
+
+    barrier()
+    if rank == 0:
+        write_json(record, settings)  # first, so that a file at `out` always has its record
+        write_images(np.load(images.partial, mmap_mode="r"), out, args.per_class)
+        clean_up(out)
+        print(out)
 
 
 if __name__ == "__main__":

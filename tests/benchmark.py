@@ -12,8 +12,9 @@
     python tests/benchmark.py fid --device cpu                                                   # small, anywhere
 
 Plain SiT, VAE-REPA, REPA and SRA take turns in one process, so that their ratios hold while the machine's speed drifts; figures
-are medians over the turns. All run train.py's own step on latents, and REPA on images, read from disk by its own loader. REPA's
-encoder is tests/hub's, of DINOv2's sizes with random weights; dinov2_vitl14, the paper's in this table, unless told otherwise.
+are medians over the turns. All run train.py's own step on latents, and REPA on images, read from disk as it
+reads them. REPA's encoder is tests/hub's, of DINOv2's sizes with random weights; dinov2_vitl14, the paper's
+in this table, unless told otherwise.
 
 The last three call the scripts' own functions on one device, with random weights and random images, whose files the system still
 has in memory. The start of the loader's processes counts, so that a small --count shows less than a long run has.
@@ -22,6 +23,7 @@ has in memory. The start of the loader's processes counts, so that a small --cou
 import argparse
 import copy
 import gc
+import itertools
 import platform
 import re
 import statistics
@@ -35,7 +37,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,14 +44,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from extract_latents import (ImageFiles, Parser, ResumableArray, decode, encode, encode_files, fail,  # noqa: E402
-                             init_distributed, list_images, load_vae, natural, positive_int, reason, run, write_json)
+from extract_latents import (ImageFiles, Latents, Parser, ResumableArray, decode, encode,  # noqa: E402
+                             encode_files, fail, first_line, init_distributed, list_images, load_vae,
+                             nonnegative_int, positive_int, read_ahead, rng, run, write_json)
 from fid import (DRAWN, Images, InceptionV3, apply, extract, frechet_distance, inception_score,  # noqa: E402
-                 precision_recall, read_ahead)
-from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models  # noqa: E402
-from sample import HEADS, build_model, guided_velocity, randn_like, sample_sde, stream, to_bf16  # noqa: E402
-from train import (Latents, StepBatches, build_alignments, build_batch, build_training, draw_step,  # noqa: E402
-                   training_losses, training_step)
+                 precision_recall)
+from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models, build_model, to_bf16  # noqa: E402
+from sample import guided_velocity, randn_like, sample_sde  # noqa: E402
+from train import (any_signal, compile_layers, make_batch, step_rows, training_losses,  # noqa: E402
+                   training_step)
 
 # Table 4, measured on H100s at a global batch of 256: external + head parameters (M), it/s, GFLOPs, forward latency (ms)
 PAPER = {("SiT-XL/2", "plain"): (0, 0, 8.1, 114.46, 18.05), ("SiT-XL/2", "VAE-REPA"): (0, 18, 7.2, 118.55, 19.20),
@@ -66,7 +68,7 @@ def settings_of(method, model, repa_dim=1024):
     """The settings that train.py gives a run of one of the methods."""
     size = model.split("-")[1].split("/")[0]
     student, teacher = SRA_DEPTHS[size]
-    return {"model": model, "seed": 0, "lr": 1e-4, "data": {"latent_shape": list(LATENT_SHAPE), "num_classes": NUM_CLASSES},
+    return {"model": model, "data": {"latent_shape": LATENT_SHAPE, "num_classes": NUM_CLASSES},
             "vae_repa_depth": ALIGN_DEPTHS[size] if method == "VAE-REPA" else 0,
             "repa_depth": ALIGN_DEPTHS[size] if method == "REPA" else 0, "repa_dim": repa_dim,
             "sra_depth": student if method == "SRA" else 0, "sra_teacher_depth": teacher}
@@ -130,16 +132,19 @@ def load_encoder(name):
     try:
         return Encoder(torch.hub.load(hub, name, source="local", pretrained=False), IMAGE_SIZE)
     except RuntimeError as error:
-        fail(f"--repa-encoder {name}: {reason(error)}")
+        fail(f"--repa-encoder {name}: {first_line(error)}")
 
 
 def write_latents(folder):
     """A set of random moments and images in the form that train.py reads."""
-    rng = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     channels, *size = LATENT_SHAPE
-    np.save(folder / "moments.npy", rng.random((LATENTS, 2 * channels, *size), np.float32).astype(np.float16))
-    np.save(folder / "labels.npy", rng.integers(NUM_CLASSES, size=LATENTS))
-    np.save(folder / "images.npy", rng.integers(0, 256, (LATENTS, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+    moments = random.random((LATENTS, 2 * channels, *size), np.float32)
+    np.save(folder / "moments.npy", moments.astype(np.float16))
+    np.save(folder / "labels.npy", random.integers(NUM_CLASSES, size=LATENTS))
+    np.save(folder / "images.npy", random.integers(0, 256, (LATENTS, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+    about = {"vae": "", "shift": 0.0, "scale": 0.18215, "num_classes": NUM_CLASSES}
+    write_json(folder / "latents.json", about)
 
 
 def synchronise(device):
@@ -151,26 +156,33 @@ class Run:
     """One method, ready to take steps: the objects that train.py's main holds."""
 
     def __init__(self, method, options, folder, device, rank, world_size):
-        self.device, self.rank, self.world_size, self.step = device, rank, world_size, 0
+        self.device, self.step = device, 0
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         started = time.perf_counter()
         self.encoder = load_encoder(options.repa_encoder).to(device) if method == "REPA" else None
-        self.settings = {**settings_of(method, options.model, self.encoder.dim if self.encoder else 0), "compile": options.compile}
-        self.args = SimpleNamespace(micro_batch=options.micro_batch, precision=options.precision, vae_repa_loss="smooth_l1",
-                                    vae_repa_beta=0.05, vae_repa_weight=1.0, repa_weight=0.5, sra_weight=0.2, grad_clip=1.0,
-                                    ema_decay=0.9999, sra_teacher_depth=self.settings["sra_teacher_depth"])
-        self.model, self.ema, self.optimizer = build_training(self.settings, device)
-        if self.encoder and options.precision == "bf16":
-            to_bf16(self.encoder)
-        self.alignments = build_alignments(self.args, self.ema, self.encoder)
-        self.wrapped = self.model
+        self.settings = settings_of(method, options.model, self.encoder.dim if self.encoder else 0)
+        # the settings and train.py's other flags at their defaults, as far as its functions read them
+        self.args = args = SimpleNamespace(
+            **self.settings, micro_batch=options.micro_batch, batch_size=options.micro_batch * world_size,
+            precision=options.precision, seed=0, label_dropout=0.1, grad_clip=1.0, ema_decay=0.9999,
+            vae_repa_weight=1.0, vae_repa_loss="smooth_l1", vae_repa_beta=0.05, vae_repa_interval=(0, 1),
+            repa_weight=0.5, sra_weight=0.2, sra_t_max=0.2)
+        torch.manual_seed(0)
+        self.raw_model = self.model = build_model(self.settings, heads=True).to(device)
+        self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.raw_model.parameters(), 1e-4, betas=(0.9, 0.999),
+                                           weight_decay=0, fused=True)
+        if options.compile:
+            compile_layers(self.raw_model, self.ema, args)
         if world_size > 1:
-            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.batch = options.micro_batch * world_size
-        order = StepBatches(LATENTS, self.batch, 0, 0, 10**9, rank, world_size)
-        self.loader = iter(DataLoader(Latents(folder, method == "REPA"), batch_sampler=order, num_workers=options.num_workers,
-                                      pin_memory=device.type == "cuda"))
-        self.kept = next(self.loader)
+            self.model = DistributedDataParallel(self.raw_model, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False
+        latents = Latents(folder, with_images=method == "REPA")
+        local = slice(rank * args.micro_batch, (rank + 1) * args.micro_batch)
+        self.facts, self.local = latents.facts, local
+        rows = (step_rows(latents.facts, args, step)[local] for step in itertools.count())
+        self.from_disk = read_ahead(latents.read, rows, threads=4)
+        self.kept = next(self.from_disk)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.seconds(1)
@@ -183,11 +195,11 @@ class Run:
         synchronise(self.device)
         started = time.perf_counter()
         for _ in range(steps):
-            loaded = [values.to(self.device, non_blocking=True) for values in (next(self.loader) if from_disk else self.kept)]
-            mine = slice(self.rank * len(loaded[0]), (self.rank + 1) * len(loaded[0]))
-            drawn = [values[mine] for values in draw_step(self.batch, LATENT_SHAPE, 0, self.step, (0, 1), 0.1, self.device)]
-            batch = build_batch(loaded, drawn, 0.0, 0.18215, NUM_CLASSES, 0.2)
-            training_step(self.wrapped, self.model, self.ema, self.optimizer, batch, self.alignments, 0, self.args)
+            stored = next(self.from_disk) if from_disk else self.kept
+            batch = make_batch(stored, self.step, self.facts, self.args, self.local, self.device)
+            training_step(self.model, self.raw_model, self.ema, self.optimizer, self.encoder, batch,
+                          self.args, epoch=0)
+            any_signal()  # the processes meet here too in every step
             self.step += 1
         synchronise(self.device)
         return time.perf_counter() - started
@@ -195,15 +207,16 @@ class Run:
     @torch.no_grad()
     def latency(self, repeats=20):
         """Median milliseconds of the forward passes of one image: model, heads, REPA's encoder, SRA's teacher."""
-        x, t, y = torch.zeros(1, *LATENT_SHAPE, device=self.device), torch.zeros(1, device=self.device), torch.zeros(1, device=self.device, dtype=torch.long)
-        batch = {"x": x, "noise": x, "t": t, "t_teacher": t, "y": y,
-                 "images": torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device, dtype=torch.uint8)}
+        t, y = torch.zeros(1, device=self.device), torch.zeros(1, device=self.device, dtype=torch.long)
+        x = torch.zeros(1, *LATENT_SHAPE, device=self.device)
+        images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device, dtype=torch.uint8)
+        batch = {"x": x, "noise": x, "t": t, "t_teacher": t, "in_interval": t, "y": y, "images": images}
         times = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             for _ in range(repeats):
                 synchronise(self.device)
                 started = time.perf_counter()
-                training_losses(self.model, batch, self.alignments)
+                training_losses(self.raw_model, batch, self.args, self.ema, self.encoder)
                 synchronise(self.device)
                 times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times)
@@ -225,7 +238,7 @@ def product_rate(device, precision):
 
 def measure(options, device, rank, world_size):
     """Figures of the methods, by name."""
-    figures = {}
+    figures, batch = {}, options.micro_batch * world_size
     with tempfile.TemporaryDirectory() as folder:
         write_latents(Path(folder))
         runs = {method: Run(method, options, folder, device, rank, world_size) for method in options.methods}
@@ -239,13 +252,16 @@ def measure(options, device, rank, world_size):
             step = statistics.median(times[method, True])
             figures[method] = {
                 "external_parameters_m": external_parameters(state.settings, state.encoder) / 1e6,
-                "head_parameters_m": sum(p.numel() for key, p in state.model.named_parameters() if key.startswith(HEADS)) / 1e6,
+                "head_parameters_m": sum(p.numel() for p in state.raw_model.heads.parameters()) / 1e6,
                 "gflops_as_paper": paper_macs / 1e9, "gflops_with_attention": all_macs / 1e9, "latency_ms": state.latency(),
-                "images_per_s": state.batch / step, "step_ms": [1e3 * s for s in times[method, True]],
-                "it_per_s_at_256": 1 / step if state.batch == PAPER_BATCH else state.batch / world_size / step * PAPER_GPUS / PAPER_BATCH,
-                "it_per_s_measured": state.batch == PAPER_BATCH, "peak_memory_gib": state.memory, "start_up_s": state.start_up,
+                "images_per_s": batch / step, "step_ms": [1e3 * s for s in times[method, True]],
+                "it_per_s_at_256": (PAPER_BATCH if batch == PAPER_BATCH else options.micro_batch * PAPER_GPUS)
+                                   / PAPER_BATCH / step,
+                "it_per_s_measured": batch == PAPER_BATCH,
+                "peak_memory_gib": state.memory, "start_up_s": state.start_up,
                 # a multiply-add is 2 operations, and the backward pass twice a forward; the external part has none
-                "utilisation": 2 * (3 * all_macs - 2 * external) * state.batch / world_size / step / rate, "product_tflops": rate / 1e12,
+                "utilisation": 2 * (3 * all_macs - 2 * external) * options.micro_batch / step / rate,
+                "product_tflops": rate / 1e12,
                 "loader_ratio": statistics.median(a / b for a, b in zip(times[method, True], times[method, False]))}
             if "plain" in runs and method != "plain":
                 figures[method]["cost_over_plain"] = statistics.median(
@@ -290,7 +306,7 @@ def profile(options, device, rank, world_size):
         wall = state.seconds(options.steps) / options.steps
         started = time.perf_counter()
         for _ in range(options.steps):
-            next(state.loader)
+            next(state.from_disk)
         loader = (time.perf_counter() - started) / options.steps
         cuda = device.type == "cuda"
         with torch.profiler.profile() as profiler:
@@ -351,7 +367,7 @@ def make_vae(options, device):
 
 def draw(model, precision, num_steps, options, device, seed=0, nudge=0.0):
     """Final latents (B, C, H, W) of one batch, drawn as sample.py does; nudge: relative change of the noise it starts from."""
-    generators = [stream(seed, i, device) for i in range(options.batch_size)]
+    generators = [rng(seed, i, device) for i in range(options.batch_size)]
     z = randn_like(torch.empty(options.batch_size, *LATENT_SHAPE, device=device), generators) * (1 + nudge)
     y = torch.arange(options.batch_size, device=device) % NUM_CLASSES
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -368,9 +384,8 @@ def call_ms(model, t, options, device, repeats=10):
 
 
 def decode_and_copy(vae, x):
-    """Images of latents x, decoded and on the CPU, copied as sample.py's writer does it."""
-    images = decode(vae, x, 0.0, 1.0)
-    return images.to("cpu", non_blocking=images.is_cuda)
+    """Images of latents x, decoded and on the CPU."""
+    return decode(vae, x, 0.0, 1.0).cpu()
 
 
 def relative(a, b):
@@ -387,13 +402,13 @@ def measure_sample(options, device):
     ours = copy.deepcopy(plain)
     to_bf16(ours)
     if options.compile:
-        for block in ours.blocks:
-            block.compile(dynamic=False)
+        for layer in (*ours.blocks, ours.final_layer):
+            layer.compile(dynamic=False)
     vae, steps = make_vae(options, device), options.num_steps
     try:
         decode_and_copy(vae, torch.zeros(options.batch_size, *LATENT_SHAPE, device=device))
     except (RuntimeError, ValueError, TypeError) as error:
-        fail(f"--vae {options.vae} cannot decode latents of {LATENT_SHAPE}: {reason(error)}")
+        fail(f"--vae {options.vae} cannot decode latents of {LATENT_SHAPE}: {first_line(error)}")
 
     methods = {"plain": (plain, "fp32", (True, True)), "ours": (ours, "bf16", (False, True))}  # the latter: torch's defaults
     seconds, decoding, drawn = {name: [] for name in methods}, [], {}
@@ -434,9 +449,9 @@ def measure_sample(options, device):
     return figures
 
 
-def smooth_image(rng, width, height, cell):
+def smooth_image(random, width, height, cell):
     """A random image whose colours change over `cell` pixels."""
-    colours = rng.integers(256, size=(-(-height // cell), -(-width // cell), 3), dtype=np.uint8)
+    colours = random.integers(256, size=(-(-height // cell), -(-width // cell), 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -463,12 +478,12 @@ def encode_again(vae, images, times, device):
 
 def measure_extract(options, device):
     """Figures of extract_latents.py: its loader alone, its encoder alone, and both at work."""
-    vae, rng, cuda = make_vae(options, device), np.random.default_rng(0), device.type == "cuda"
+    vae, random, cuda = make_vae(options, device), np.random.default_rng(0), device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "images" / "class").mkdir(parents=True)
         for i in tqdm(range(options.count), desc="writing JPEGs"):  # as large as ImageNet's
-            smooth_image(rng, 500, 375, 4).save(folder / "images" / "class" / f"{i:06d}.jpg", quality=90)
+            smooth_image(random, 500, 375, 4).save(folder / "images" / "class" / f"{i:06d}.jpg", quality=90)
         kib = sum(file.stat().st_size for file in folder.rglob("*.jpg")) / options.count / 1024
         _, files, _ = list_images(folder / "images")
         images = ImageFiles(folder / "images", files, options.image_size)
@@ -477,7 +492,7 @@ def measure_extract(options, device):
         try:
             latent_shape = encode(vae, kept.to(device)).shape[1:]
         except (RuntimeError, ValueError, TypeError) as error:
-            fail(f"the VAE cannot encode images of --image-size {options.image_size}: {reason(error)}")
+            fail(f"the VAE cannot encode images of --image-size {options.image_size}: {first_line(error)}")
         seconds = {"loader": [], "encoder": [], "whole": []}
         for turn in tqdm(range(options.repeats), desc="turns"):
             moments = ResumableArray(folder / f"moments{turn}.npy", (options.count, *latent_shape), "float16", {})
@@ -511,11 +526,11 @@ def measure_extract(options, device):
 
 def write_samples(path, count, size, seed):
     """An .npz of random images as sample.py writes it, without holding them all."""
-    rng = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
         for _ in tqdm(range(count), desc=f"writing {path.name}"):
-            file.write(smooth_image(rng, size, size, 32).tobytes())
+            file.write(smooth_image(random, size, size, 32).tobytes())
 
 
 def apply_again(network, batch, times, device):
@@ -546,7 +561,7 @@ def measure_fid(options, device):
         for seed, name in enumerate(("samples", "reference")):
             write_samples(Path(folder, f"{name}.npz"), count, options.image_size, seed)
         sets = [Images(Path(folder, f"{name}.npz")) for name in ("samples", "reference")]
-        seconds["reading"], _ = timed(device, deque, read_ahead(sets[0], batches), maxlen=0)
+        seconds["reading"], _ = timed(device, deque, read_ahead(sets[0].__getitem__, batches), maxlen=0)
         first = sets[0][batches[0]].to(device)
         with torch.no_grad():
             apply(network, first, device)
@@ -626,7 +641,7 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     parser.add_argument("--steps", type=positive_int, default=20 if torch.cuda.is_available() else 2, help="steps per turn")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each method")
-    parser.add_argument("--num-workers", type=natural, default=4, help="processes that read latents, or images for extract")
+    parser.add_argument("--num-workers", type=nonnegative_int, default=4, help="of extract, reading images")
     parser.add_argument("--batch-size", type=positive_int, help="of sample, extract and fid (default: 64 on CUDA, else 4, 4, 16)")
     parser.add_argument("--num-steps", type=positive_int, help="sampler steps of sample (default: 250 on CUDA, else 10)")
     parser.add_argument("--vae", help="autoencoder of sample and extract (default: of SD-VAE's size, with random weights)")
@@ -657,7 +672,7 @@ def main():
     rank, world_size, device = init_distributed()
     if options.device == "cpu":
         device = torch.device("cpu")
-    if function and world_size > 1:
+    if options.mode not in ("train", "profile") and world_size > 1:
         fail(f"the mode {options.mode} measures one device; start it with plain python")
     if function:
         figures = function(options, device)
@@ -680,8 +695,6 @@ def main():
                      "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **vars(options)}
         write_json(out, {"made_with": made_with, **figures})
         print(out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

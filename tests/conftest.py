@@ -55,9 +55,12 @@ def process(script, *args, processes=1, check=True, **options):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if processes > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a machine may have one GPU alone
     run = subprocess.run([*launch, str(ROOT / f"{script}.py"), *map(str, args)], capture_output=True, text=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **options)
-    assert not check or run.returncode == 0, run.stderr[-2000:]
+                         env=environment, **options)
+    assert not check or run.returncode == 0, run.stderr[-6000:]
     return run
 
 
@@ -67,6 +70,30 @@ def message(err):
     lines = [line for line in lines if line.strip() and not ("%|" in line and line.rstrip().endswith("]"))]
     assert len(lines) == 1, err
     return lines[0]
+
+
+def drawn_numbers(seed, step, batch_size, latent_shape):
+    """(eps, noise, t, u of the label dropout, u of the teacher's time) of a training step, from its definition.
+
+    A run is the same run in every later version only if these stay as they are.
+    """
+    base = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
+    g = torch.Generator().manual_seed((base + step) % 2**63)
+    eps, noise = torch.randn(2, batch_size, *latent_shape, generator=g)
+    t, u_drop, u_teacher = torch.rand(3, batch_size, generator=g)
+    return eps, noise, t, u_drop, u_teacher
+
+
+def drawn_rows(seed, step, batch_size, count, flip=False):
+    """The rows of a training step: the next batch_size of the epochs' permutations, one after another."""
+    rows = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        rows.append(int(np.random.default_rng([seed, 2, epoch]).permutation(count)[place]))
+    if flip:
+        mirrored = np.random.default_rng([seed, 3, step]).integers(2, size=batch_size)
+        rows = [int(row + count * mirror) for row, mirror in zip(rows, mirrored)]
+    return rows
 
 
 class Killed(BaseException):
@@ -114,7 +141,8 @@ def latents(tmp_path_factory, images, vae):
     return out
 
 
-TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--num-workers", 0, "--sample-every", 0, "--log-every", 1, "--precision", "fp32", "--no-compile")
+TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-every", 1, "--precision", "fp32",
+        "--no-compile")
 
 
 @pytest.fixture(scope="session")

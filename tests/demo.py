@@ -35,7 +35,7 @@ def main():
         checkpoint = folder / "checkpoints" / f"{STEPS:07d}.pt"
         run("train.py", "--data", RUNS / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", "--vae-repa-depth", depth,
             "--max-steps", STEPS, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99, "--log-every", 100,
-            "--sample-every", 900, "--num-workers", 1)
+            "--sample-every", 900)
         run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png")
         run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz")
         run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/demo_detector.pt", "--num-workers", 1,

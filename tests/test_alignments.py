@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, cli, message, process
+from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process
 
 import models
-import sample
 import train
-from models import SiT, SiT_models
+from extract_latents import decode, load_vae
+from models import HEADS, SiT, SiT_models, patchify, to_bf16
 
 CUDA = torch.cuda.is_available()
 HUB = ROOT / "tests" / "hub"
@@ -58,8 +58,7 @@ def write_set(folder, channels=4, size=8, image_size=32, flip=False, images=True
     if images:
         np.save(folder / "images.npy", rng.integers(0, 256, (12, image_size, image_size, 3), np.uint8))
     about = {"vae": "nobody/nothing", "shift": [0.5] * channels, "scale": [0.25 + i / channels for i in range(channels)],
-             "latent_shape": [channels, size, size], "image_size": image_size, "count": 12, "files_sha256": "0",
-             "class_names": ["a", "b", "c"], "flip": flip, "store_images": images, **about}
+             "num_classes": 3, "files_sha256": "0", **about}
     (folder / "latents.json").write_text(json.dumps(about))
     return folder
 
@@ -75,11 +74,11 @@ def flags_of(methods, hub):
 
 
 def fit(capsys, data, run, *flags):
-    """Train in this process: (log lines, the last checkpoint)."""
+    """Train in this process: (log lines, the last state)."""
     status, _, stderr = cli(capsys, "train", *TINY, "--data", data, "--run-dir", run, *flags)
     assert status == 0, stderr
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return lines, torch.load(max((run / "checkpoints").glob("*.pt")), weights_only=True)
+    return lines, torch.load(run / "state.pt", weights_only=True)
 
 
 def refused(capsys, data, run, *flags):
@@ -106,10 +105,10 @@ def randomised(model, seed=0):
 def test_head_parameters(name, repa, sra):
     with torch.device("meta"):
         model = SiT_models[name](repa_depth=8, sra_depth=8)
-    assert sum(p.numel() for p in model.projectors.parameters()) == repa
+    assert sum(p.numel() for p in model.heads["repa"].parameters()) == repa
     if sra:
-        assert sum(p.numel() for p in model.ap_head.parameters()) == sra
-    assert not hasattr(model, "vae_repa_head")
+        assert sum(p.numel() for p in model.heads["sra"].parameters()) == sra
+    assert set(model.heads) == {"repa", "sra"}
 
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 64, "depth": 4, "num_heads": 4, "num_classes": 3}
@@ -124,13 +123,14 @@ def test_heads_read_their_blocks():
         weights = model.state_dict()
         h = model.block_output(x_t, t, y, 3)
         for i in (0, 2, 4):
-            h = F.linear(F.silu(h) if i else h, weights[f"projectors.0.{i}.weight"], weights[f"projectors.0.{i}.bias"])
+            h = F.linear(F.silu(h) if i else h, weights[f"heads.repa.mlp.{i}.weight"], weights[f"heads.repa.mlp.{i}.bias"])
         torch.testing.assert_close(predictions["repa"], h)
         h = model.block_output(x_t, t, y, 2)
-        h = F.linear(h, weights["ap_head.0.weight"], weights["ap_head.0.bias"])
-        torch.testing.assert_close(predictions["sra"], F.linear(F.silu(h), weights["ap_head.2.weight"], weights["ap_head.2.bias"]))
+        h = F.linear(h, weights["heads.sra.mlp.0.weight"], weights["heads.sra.mlp.0.bias"])
+        h = F.linear(F.silu(h), weights["heads.sra.mlp.2.weight"], weights["heads.sra.mlp.2.bias"])
+        torch.testing.assert_close(predictions["sra"], h)
         plain = SiT(**SMALL)
-        plain.load_state_dict({k: w for k, w in weights.items() if not k.startswith(sample.HEADS)})
+        plain.load_state_dict({k: w for k, w in weights.items() if not k.startswith(HEADS)})
         assert torch.equal(plain(x_t, t, y), v) and plain(x_t, t, y, return_align=True)[1] == {}
     assert set(predictions) == {"vae_repa", "repa", "sra"} and predictions["repa"].shape == (3, 16, 24)
 
@@ -206,12 +206,37 @@ def test_the_encoders_tokens():
     assert not encoder.network.training
 
 
+class Heads(torch.nn.Module):
+    """Stands in for SiT: a velocity of zero, and heads that predict what they are told to."""
+
+    def __init__(self, **predictions):
+        super().__init__()
+        self.predictions = predictions
+
+    def forward(self, x_t, t, y, return_align):
+        return torch.zeros_like(x_t), self.predictions
+
+
+def losses_of(batch, args, ema=None, encoder=None, **predictions):
+    return train.training_losses(Heads(**predictions), batch, argparse.Namespace(**args), ema, encoder)
+
+
+def some_batch():
+    x, noise = torch.randn(2, 3, 4, 8, 8)
+    return {"x": x, "noise": noise, "t": torch.tensor([0.5, 0.9, 0.1]), "t_teacher": torch.tensor([0.4, 0.75, 0.0]),
+            "y": torch.tensor([0, 3, 1]), "images": torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)}
+
+
 def test_repas_loss():
     """Minus the mean cosine of the tokens; in float32, so that a target in bf16 is normalised without rounding."""
-    prediction, target = torch.randn(2, 3, 5, 8).unbind(0)
-    expected = -sum((prediction[:, i] * target[:, i]).sum(1) / (prediction[:, i].norm(dim=1) * target[:, i].norm(dim=1))
-                    for i in range(5)) / 5
-    torch.testing.assert_close(train.token_cosine(prediction, target), expected)
+    prediction, target = torch.randn(2, 3, 5, 8).bfloat16().unbind(0)
+    batch = some_batch()
+    asked = []
+    loss = losses_of(batch, {}, encoder=lambda images: asked.append(images) or target, repa=prediction)["repa"]
+    a, b = prediction.float(), target.float()
+    expected = -sum((a[:, i] * b[:, i]).sum(1) / (a[:, i].norm(dim=1) * b[:, i].norm(dim=1)) for i in range(5)) / 5
+    torch.testing.assert_close(loss, expected)
+    assert asked[0] is batch["images"]
 
 
 # SRA
@@ -219,28 +244,22 @@ def test_repas_loss():
 
 def test_the_teacher_sees_less_noise_and_gets_no_gradient():
     ema = randomised(SiT(**SMALL)).eval()  # its weights would take a gradient if they were asked
-    x, noise = torch.randn(2, 3, 4, 8, 8)
-    batch = {"x": x, "noise": noise, "t": torch.tensor([0.5, 0.9, 0.1]), "t_teacher": torch.tensor([0.4, 0.75, 0.0]),
-             "y": torch.tensor([0, 3, 1])}
-    target = train.teacher_tokens(ema, 3, batch)
-    x_t = torch.stack([0.6 * x[0] + 0.4 * noise[0], 0.25 * x[1] + 0.75 * noise[1], x[2]])
-    with torch.no_grad():
-        torch.testing.assert_close(target, ema.block_output(x_t, batch["t_teacher"], batch["y"], 3), rtol=1e-4, atol=1e-5)
-    assert not target.requires_grad and target.shape == (3, 16, 64)
-
-
-def test_sras_loss_and_schedule():
-    args = argparse.Namespace(vae_repa_loss="l2", vae_repa_beta=0.3, vae_repa_weight=1.0, repa_weight=0.5, sra_weight=0.2,
-                              sra_teacher_depth=3)
-    alignments = train.build_alignments(args, SiT(**SMALL, sra_depth=1, vae_repa_depth=2), None)
-    assert list(alignments) == ["vae_repa", "sra"]
-    prediction, target = torch.randn(2, 3, 5, 8).unbind(0)
-    delta = (prediction - target).abs()
+    batch, prediction = some_batch(), torch.randn(3, 16, 64, requires_grad=True)
+    loss = losses_of(batch, {"sra_teacher_depth": 3}, ema, sra=prediction)["sra"]
+    x, noise = batch["x"], batch["noise"]
+    x_s = torch.stack([0.6 * x[0] + 0.4 * noise[0], 0.25 * x[1] + 0.75 * noise[1], x[2]])
+    delta = (prediction - ema.block_output(x_s, batch["t_teacher"], batch["y"], 3)).abs()
     expected = torch.where(delta < 0.05, delta**2 / 0.1, delta - 0.025).mean((1, 2))
-    torch.testing.assert_close(alignments["sra"].loss(prediction, target), expected)
-    weights = [alignments["sra"].weight(epoch) for epoch in (0, 149, 150, 1149)]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    loss.sum().backward()
+    assert prediction.grad.any() and all(p.grad is None for p in ema.parameters())
+
+
+def test_weights_and_sras_schedule():
+    args = argparse.Namespace(vae_repa_weight=1.5, repa_weight=0.5, sra_weight=0.2)
+    weights = [train.loss_weight("sra", args, epoch) for epoch in (0, 149, 150, 1149)]
     assert weights == pytest.approx([0.2, 0.2, 0.2 * 0.1**0.001, 0.02])
-    assert alignments["vae_repa"].weight(1149) == 1.0
+    assert [train.loss_weight(name, args, 1149) for name in ("denoising", "vae_repa", "repa")] == [1.0, 1.5, 0.5]
 
 
 # All of them in train.py
@@ -250,16 +269,16 @@ def test_what_main_aligns_with(capsys, monkeypatch, data, hub, tmp_path):
     """One step: each term of the log, and the gradient of their weighted sum, computed by hand from the files."""
     kept = {}
 
-    def keep(model, batch, alignments):
-        kept.update(batch=batch, losses=original(model, batch, alignments))
-        return kept["losses"]
+    def keep(model, batch, *rest):
+        kept["batch"] = batch
+        return original(model, batch, *rest)
 
     original = train.training_losses
     monkeypatch.setattr(train, "training_losses", keep)
     flags = ("--batch-size", 12, "--max-steps", 1, "--grad-clip", "inf", "--repa-weight", 0.7, "--sra-weight", 0.3, "--seed", 3)
     (line,), checkpoint = fit(capsys, data, tmp_path / "run", *flags, *flags_of(METHODS, hub))
-    rows, batch = next(iter(train.StepBatches(12, 12, 3, 0, 1))), kept["batch"]
-    _, _, t, _, _, u = train.draw_step(12, (4, 8, 8), 3, 0, [0, 1], 0.1, "cpu")
+    rows, batch = drawn_rows(3, 0, 12, 12), kept["batch"]
+    _, _, t, _, u = drawn_numbers(3, 0, 12, (4, 8, 8))
     torch.testing.assert_close(batch["t_teacher"], (t - 0.2 * u).clamp(min=0))
     assert torch.equal(batch["images"], torch.from_numpy(np.load(data / "images.npy")[rows]).permute(0, 3, 1, 2))
 
@@ -273,7 +292,7 @@ def test_what_main_aligns_with(capsys, monkeypatch, data, hub, tmp_path):
         teacher = start.block_output((1 - s) * batch["x"] + s * batch["noise"], batch["t_teacher"], batch["y"], 4)
     smooth_l1 = F.smooth_l1_loss
     losses = {"denoising": (v - batch["noise"] + batch["x"]).square().mean(),
-              "vae_repa": smooth_l1(predictions["vae_repa"], batch["x"], beta=0.05),
+              "vae_repa": smooth_l1(predictions["vae_repa"], patchify(batch["x"], 4), beta=0.05),
               "repa": -F.cosine_similarity(predictions["repa"], tokens, dim=2).mean(),
               "sra": smooth_l1(predictions["sra"], teacher, beta=0.05)}
     assert list(line)[1:5] == list(losses)
@@ -288,10 +307,9 @@ def test_what_main_aligns_with(capsys, monkeypatch, data, hub, tmp_path):
 CHAIN = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
 import train
 joined = train.init_distributed()  # once for all runs, because a process group cannot be made again on the same port
-train.init_distributed, dist.destroy_process_group = lambda timeout: joined, lambda: None
+train.init_distributed = lambda: joined
 for argv in json.loads(sys.argv[2]):
     sys.argv = ["train.py", *argv]
     train.main()
@@ -315,11 +333,10 @@ def test_every_combination_trains_on_two_processes_and_resumes_to_the_bit(capsys
     assert len(sets) == 8
     for methods in sets:
         name = "+".join(methods) or "plain"
-        whole, parts = (torch.load(tmp_path / kind / name / "checkpoints" / "0000002.pt", weights_only=True) for kind in ("whole", "parts"))
+        whole, parts = (torch.load(tmp_path / kind / name / "state.pt", weights_only=True) for kind in ("whole", "parts"))
         for part in ("model", "ema"):
             assert all(torch.equal(value, parts[part][key]) for key, value in whole[part].items()), name
-        heads = {key.split(".")[0] for key in whole["model"] if key.startswith(sample.HEADS)}
-        assert heads == {{"vae_repa": "vae_repa_head", "repa": "projectors", "sra": "ap_head"}[method] for method in methods}
+        assert {key.split(".")[1] for key in whole["model"] if key.startswith("heads.")} == set(methods)
         lines = (tmp_path / "whole" / name / "log.jsonl").read_text().splitlines()
         alone, one = fit(capsys, data, tmp_path / "alone" / name, *flags_of(methods, hub), "--max-steps", 2, "--lr", 1e-3)
         for a, b in zip(alone, map(json.loads, lines), strict=True):
@@ -337,12 +354,18 @@ def test_a_method_that_is_off_leaves_no_trace(capsys, data, hub, tmp_path):
     assert list(plain["model"]) == list(same["model"])
     assert all(torch.equal(value, same["model"][key]) for key, value in plain["model"].items())
     settings = [{**plain["settings"], "vae_repa_depth": 0}, {**plain["settings"], "repa_depth": 3, "repa_dim": 32, "sra_depth": 2}]
-    start, aligned = (train.build_training(each, torch.device("cpu"))[0].state_dict() for each in settings)
+    start, aligned = (built(each) for each in settings)
     assert all(torch.equal(value, aligned[key]) for key, value in start.items()) and len(aligned) > len(start)
 
 
+def built(settings):
+    """The weights that a run starts from."""
+    torch.manual_seed(settings["seed"])
+    return models.build_model(settings, heads=True).state_dict()
+
+
 def test_the_encoder_comes_from_the_hub_with_its_weights(hub):
-    encoder = train.load_encoder("dinov2_vitt14", str(hub), 32)
+    encoder = models.load_encoder("dinov2_vitt14", str(hub), 32)
     for key, value in tiny_encoder().state_dict().items():
         if key != "pos_embed":
             assert torch.equal(encoder.network.state_dict()[key], value), key
@@ -352,7 +375,7 @@ def test_without_a_clone_the_encoder_is_asked_of_dinov2s_repository(monkeypatch,
     asked, encoder = [], tiny_encoder()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "load", lambda *names, **options: asked.append((names, options)) or encoder)
-    assert train.load_encoder("dinov2_vitb14", None, 32).dim == 32
+    assert models.load_encoder("dinov2_vitb14", None, 32).dim == 32
     assert asked == [(("facebookresearch/dinov2", "dinov2_vitb14"), {"verbose": False})]
 
 
@@ -361,7 +384,7 @@ def test_bf16_encoder_has_the_results_of_autocast():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = encoder(images)
-        sample.to_bf16(encoder)
+        to_bf16(encoder)
         assert torch.equal(encoder(images), rounded)
 
 
@@ -381,28 +404,20 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, hub, tmp_path):
 # Mirrored halves, other latents
 
 
-def test_flip_draws_either_half_and_the_image_with_it(tmp_path):
-    folder = write_set(tmp_path / "set", flip=True)
-    rows = [row for rows in train.StepBatches(12, 12, 0, 0, 20, flip=True) for row in rows]
-    assert {row % 12 for row in rows} == set(range(12)) and 80 < sum(row >= 12 for row in rows) < 160
-    plain = [row for rows in train.StepBatches(12, 12, 0, 0, 20) for row in rows]
-    assert [row % 12 for row in rows] == plain
-    halves = [list(train.StepBatches(12, 12, 0, 3, 5, rank, 2, True)) for rank in range(2)]
-    assert [a + b for a, b in zip(*halves)] == list(train.StepBatches(12, 12, 0, 0, 5, flip=True))[3:]
-    latents, images = train.Latents(folder, with_images=True), np.load(folder / "images.npy")
-    for row, mirrored in ((5, False), (17, True)):
-        moments, label, image = latents[row]
-        assert label == 5 % 3 and torch.equal(moments, torch.from_numpy(np.load(folder / "moments.npy")[row]))
-        assert torch.equal(image, torch.from_numpy(images[5][:, ::-1].copy() if mirrored else images[5]).permute(2, 0, 1))
-
-
 def test_training_on_a_mirrored_set(capsys, monkeypatch, hub, tmp_path):
+    """Half of the rows are mirror images, by (seed, step) alone, and REPA's encoder sees the image mirrored too."""
     folder, seen = write_set(tmp_path / "set", flip=True, scale=1.0, shift=0.0), []
-    original = train.training_losses
-    monkeypatch.setattr(train, "training_losses", lambda model, batch, a: seen.append(batch["x"].mean((1, 2, 3))) or original(model, batch, a))
-    _, checkpoint = fit(capsys, folder, tmp_path / "run", "--max-steps", 4, *flags_of(METHODS, hub))
-    expected = [[row >= 12 for row in rows] for rows in train.StepBatches(12, 4, 0, 0, 4, flip=True)]
-    assert [(means > 50).tolist() for means in seen] == expected and checkpoint["settings"]["data"]["flip"]
+    original, images = train.training_losses, np.load(folder / "images.npy").transpose(0, 3, 1, 2)
+    monkeypatch.setattr(train, "training_losses", lambda model, batch, *rest: seen.append(batch) or original(model, batch, *rest))
+    _, state = fit(capsys, folder, tmp_path / "run", "--max-steps", 12, *flags_of(METHODS, hub))
+    for step, batch in enumerate(seen):
+        rows = drawn_rows(0, step, 4, 12, flip=True)
+        assert [row % 12 for row in rows] == drawn_rows(0, step, 4, 12)
+        assert (batch["x"].mean((1, 2, 3)) > 50).tolist() == [row >= 12 for row in rows]
+        expected = [images[row - 12][..., ::-1] if row >= 12 else images[row] for row in rows]
+        assert np.array_equal(batch["images"].numpy(), expected)
+    mirrored = sum((batch["x"].mean((1, 2, 3)) > 50).sum().item() for batch in seen)
+    assert 12 < mirrored < 36 and len(seen) == 12 and state["settings"]["data"]["flip"] is True
 
 
 @pytest.mark.parametrize("model, channels, size, std", [
@@ -412,9 +427,9 @@ def test_other_latents_train_resume_and_predict(capsys, tmp_path, model, channel
     folder = write_set(tmp_path / "set", channels, size, std=std, images=False)
     flags = ("--model", model, "--batch-size", 12, "--grad-clip", "inf")
     (line, _), checkpoint = fit(capsys, folder, tmp_path / "run", *flags, "--max-steps", 2)
-    rows = next(iter(train.StepBatches(12, 12, 0, 0, 1)))
+    rows = drawn_rows(0, 0, 12, 12)
     mean, std = np.split(np.load(folder / "moments.npy").astype(np.float64)[rows], 2, axis=1)
-    eps = train.draw_step(12, (channels, size, size), 0, 0, [0, 1], 0.1, "cpu")[0].numpy()
+    eps = drawn_numbers(0, 0, 12, (channels, size, size))[0].numpy()
     about = json.loads((folder / "latents.json").read_text())
     x = (mean + std * eps - np.reshape(about["shift"], (-1, 1, 1))) * np.reshape(about["scale"], (-1, 1, 1))
     delta = np.abs(x)  # the head starts at zero
@@ -451,13 +466,14 @@ def test_other_vaes_end_to_end(capsys, images, tmp_path, kind, channels):
     side = moments.shape[2]
     assert about["latent_shape"] == [channels, side, side] and moments[:, channels:].any() == (kind != "DC-AE")
     assert ("gives no scale" in stdout) == (kind != "FLUX")
-    x = train.sample_posterior(moments, torch.zeros(12, channels, side, side), *(train.per_channel(about[key], moments) for key in ("shift", "scale")))
+    shift, scale = (torch.tensor(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
+    x = (moments[:, :channels] - shift) * scale
     if kind == "DC-AE":  # measured, and without a std of its own
         assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-3
-    vae = train.load_vae(str(tmp_path / "vae"))
+    vae = load_vae(str(tmp_path / "vae"))
     with torch.no_grad():
         pixels = ((vae.decode(moments[:, :channels]).sample + 1) * 127.5).round().clamp(0, 255)
-    back = sample.decode(vae, x, about["shift"], about["scale"]).permute(0, 3, 1, 2)
+    back = decode(vae, x, about["shift"], about["scale"]).permute(0, 3, 1, 2)
     assert (back - pixels).abs().max() <= 1 and ((back - pixels) == 0).float().mean() > 0.99
     fit(capsys, tmp_path / "set", tmp_path / "run", "--model", "SiT-Ti/1", "--max-steps", 1, "--sample-every", 1)
     status, _, err = cli(capsys, "sample", "--ckpt", tmp_path / "run/checkpoints/0000001.pt", "--num-steps", 2, "--per-class", 1)
@@ -475,9 +491,10 @@ def trained(tmp_path_factory):
     model = randomised(SiT_models["SiT-Ti/4"](input_size=8, num_classes=3, vae_repa_depth=2, repa_depth=2, sra_depth=2))
     ema = model.state_dict()
     settings = {"model": "SiT-Ti/4", "data": {"vae": "nobody/nothing", "shift": 0.0, "scale": 1.0, "latent_shape": [4, 8, 8], "num_classes": 3}}
-    torch.save({"model": {}, "ema": ema, "opt": {}, "step": 4, "settings": settings}, folder / "ours.pt")
-    for name, head in (("repa", "projectors"), ("sra", "ap_head")):
-        weights = {key: value for key, value in ema.items() if key.startswith(head) or not key.startswith(sample.HEADS)}
+    torch.save({"ema": ema, "step": 4, "settings": settings}, folder / "ours.pt")
+    for name, ours, theirs in (("repa", "heads.repa.mlp", "projectors.0"), ("sra", "heads.sra.mlp", "ap_head")):
+        weights = {key.replace(ours, theirs): value for key, value in ema.items()
+                   if key.startswith(ours) or not key.startswith(HEADS)}
         torch.save({"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(model="SiT-Ti/4"), "steps": 4}, folder / f"{name}.pt")
     return folder
 
@@ -486,7 +503,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("classes", [3, 5])
 def test_training_starts_from_the_weights_of_a_file(capsys, trained, tmp_path, form, classes):
     """Model and EMA start from its EMA weights; another number of classes means a label table of one's own."""
-    folder = write_set(tmp_path / "set", class_names=[str(i) for i in range(classes)], images=False)
+    folder = write_set(tmp_path / "set", num_classes=classes, images=False)
     flags = ("--init-from", trained / f"{form}.pt", "--lr", 1e-9, "--vae-repa-depth", 3)
     _, checkpoint = fit(capsys, folder, tmp_path / "run", "--max-steps", 1, *flags)
     weights = torch.load(trained / "ours.pt", weights_only=True)["ema"]
@@ -495,9 +512,10 @@ def test_training_starts_from_the_weights_of_a_file(capsys, trained, tmp_path, f
         for key, value in checkpoint[part].items():
             if key == table and classes != 3:
                 assert value.shape == (6, 128) and value.std() == pytest.approx(0.02, rel=0.1)
-            elif not key.startswith("vae_repa_head."):
+            elif not key.startswith("heads."):
                 torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-6, msg=key)
-    assert not torch.equal(checkpoint["model"]["vae_repa_head.mlp.0.weight"], weights["vae_repa_head.mlp.0.weight"])
+    head = "heads.vae_repa.mlp.0.weight"
+    assert not torch.equal(checkpoint["model"][head], weights[head])
     _, again = fit(capsys, folder, tmp_path / "run", "--max-steps", 2, *flags)  # it resumes and does not start anew
     assert again["step"] == 2 and again["opt"]["state"][0]["step"] == 2
 
@@ -535,10 +553,10 @@ def test_damaged_encoder_weights(capsys, data, hub, tmp_path):
 
 @pytest.mark.parametrize("flags, about, says", [
     (("--model", "SiT-S/4"), {}, "SiT-S/4"), (("--model", "SiT-Ti/2"), {}, "SiT-Ti/2"),
-    ((), {"channels": 16}, "[16, 8, 8]"), ((), {"size": 16}, "[4, 16, 16]")])
+    ((), {"channels": 16}, "x_embedder"), ((), {"size": 16}, "pos_embed")])
 def test_weights_of_other_widths_and_latents(capsys, trained, tmp_path, flags, about, says):
     folder = write_set(tmp_path / "set", **about, images=False)
     for form in ("ours", "repa"):
         line = refused(capsys, folder, tmp_path / "run", "--init-from", trained / f"{form}.pt", *flags)
-        assert "--init-from" in line and "SiT-Ti/4" in line and "[4, 8, 8]" in line and says in line
-    assert "no checkpoint" in refused(capsys, folder, tmp_path / "run", "--init-from", tmp_path / "missing.pt")
+        assert f"{form}.pt does not fit" in line and says in line
+    assert "cannot be read as a checkpoint" in refused(capsys, folder, tmp_path / "run", "--init-from", tmp_path / "missing.pt")

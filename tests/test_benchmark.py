@@ -8,10 +8,10 @@ import torch
 from benchmark import KINDS, METHODS, PAPER, count_macs, external_parameters, load_encoder, settings_of
 from conftest import ROOT, cli, process
 
-from sample import HEADS, build_model
+from models import HEADS, build_model
 
 DEMO_VAE = ROOT / "tests" / "demo_vae"
-SMALL = ("--device", "cpu", "--model", "SiT-Ti/2", "--micro-batch", 2, "--steps", 1, "--repeats", 2, "--num-workers", 0,
+SMALL = ("--device", "cpu", "--model", "SiT-Ti/2", "--micro-batch", 2, "--steps", 1, "--repeats", 2,
          "--repa-encoder", "dinov2_vitt14")
 
 

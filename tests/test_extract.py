@@ -1,5 +1,5 @@
 """extract_latents.py: the crop and the file modes against formulas on known images, the moments against diffusers,
-continuation after a kill, and bad input."""
+continuation after a kill, the reader of the set, and bad input."""
 
 import json
 import os
@@ -21,8 +21,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from conftest import ROOT, Killed, cli, message, process
-from extract_latents import BackgroundWriter, center_crop, decode, encode, latent_normalization, list_images, load_image
+from conftest import ROOT, TINY, Killed, cli, message, process
+from extract_latents import (BackgroundWriter, Latents, center_crop, decode, encode, latent_normalization,
+                             list_images, load_image, load_vae, read_ahead)
 
 
 def flags(images, vae, out, **others):
@@ -236,7 +237,8 @@ def test_moments_are_those_of_diffusers(latents, expected_moments):
 def test_latents_json(vae, latents):
     about = json.loads((latents / "latents.json").read_text())
     expected = {"vae": str(vae), "scale": 0.5, "shift": 0.25, "class_names": ["class0", "class1", "class2"],
-                "latent_shape": [4, 8, 8], "count": 12, "image_size": 32, "dtype": "float16"}
+                "num_classes": 3, "latent_shape": [4, 8, 8], "count": 12, "image_size": 32,
+                "dtype": "float16"}
     assert {key: about[key] for key in expected} == expected
     assert sorted(path.name for path in latents.iterdir()) == ["labels.npy", "latents.json", "moments.npy"]
 
@@ -354,6 +356,145 @@ def test_encode_maps_pixels_to_plus_minus_one():
     moments = encode(vae, torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1))
     torch.testing.assert_close(seen[0].flatten(), torch.tensor([-1, -0.6, 1]))
     torch.testing.assert_close(moments.flatten(), torch.tensor([-1, -0.6, 1, 0, 0, 0]))
+
+
+# Reading the set, as training does
+
+
+PER_CHANNEL = {"latents_mean": [0.5, -1, 2, 0], "latents_std": [2, 4, 0.5, 1], "scaling_factor": None,
+               "shift_factor": None}
+
+
+@pytest.mark.parametrize("more", [(), ("--flip",), ("--store-images",), ("--flip", "--store-images")],
+                         ids=" ".join)
+@pytest.mark.parametrize("config, dtype", [({}, "float16"), (PER_CHANNEL, "float32")],
+                         ids=["one scale", "a scale per channel"])
+def test_the_reader_gives_back_what_the_writer_wrote(capsys, images, vae, tmp_path, config, dtype, more):
+    """x = (z - shift) * scale, by hand from the files: mean and std of x, labels, and images for REPA."""
+    flip, with_images, out = "--flip" in more, "--store-images" in more, tmp_path / "out"
+    extract(capsys, images, with_config(vae, tmp_path / "vae", **config), out, *more, dtype=dtype)
+    moments, labels = np.load(out / "moments.npy").astype(np.float32), np.load(out / "labels.npy")
+    about = json.loads((out / "latents.json").read_text())
+    shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
+    assert len(shift) == len(scale) == (4 if config else 1)
+
+    latents = Latents(out, with_images=with_images)
+    size = {"image_size": 32} if with_images else {}
+    keys = ("vae", "shift", "scale", "num_classes", "latent_shape", "count", "flip", "files_sha256")
+    assert latents.facts == {**{key: about[key] for key in keys}, **size}
+    rows = np.array([5, 0, 11, 5, *((23, 12, 17) if flip else ())])  # row 12 + i is the mirror image of row i
+    mean, std, y, *stored = (x.numpy() for x in latents.read(rows))
+    assert (mean.dtype, std.dtype, y.dtype) == (np.float32, np.float32, np.int64)
+    assert_allclose(mean, (moments[rows, :4] - shift) * scale, rtol=1e-6, atol=1e-6)
+    assert_allclose(std, moments[rows, 4:] * scale, rtol=1e-6)
+    assert_array_equal(y, labels[rows % 12])
+    assert len(stored) == with_images
+    if with_images:  # each is the image whose moments stand beside it
+        upright = np.load(out / "images.npy")
+        expected = [upright[i] if i < 12 else upright[i - 12, :, ::-1] for i in rows]
+        assert stored[0].dtype == np.uint8
+        assert_array_equal(stored[0], np.stack(expected).transpose(0, 3, 1, 2))
+        encoded = encode(load_vae(str(vae)), torch.from_numpy(stored[0])).numpy()
+        assert_allclose(mean, (encoded[:, :4] - shift) * scale, rtol=1e-3, atol=1e-3)
+    for i, row in enumerate(rows):  # alone as in a batch
+        alone = latents.read(rows[i : i + 1])
+        assert all(np.array_equal(a[0], b[i]) for a, b in zip(alone, (mean, std, y, *stored)))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_reading_ahead(threads):
+    """Results come in order; while the caller works on one, threads + 1 more are read, and no others."""
+    asked = []
+
+    def read(i):
+        asked.append(i)
+        time.sleep(0.01 * (i % 3))  # they do not end in the order in which they began
+        return 10 * i
+
+    results = read_ahead(read, range(20), threads)
+    got = [next(results)]
+    for _ in range(200):
+        time.sleep(0.01)
+        if len(asked) == threads + 2:
+            break
+    time.sleep(0.05)
+    assert sorted(asked) == list(range(threads + 2))
+    assert got + list(results) == list(range(0, 200, 10)) and sorted(asked) == list(range(20))
+
+
+def test_what_fails_in_reading_ahead_is_raised():
+    results = read_ahead(lambda i: 1 / i, [2, 1, 0, 1])
+    assert [next(results), next(results)] == [0.5, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def by_hand(folder, **about):
+    """A set as the README says to make it from other sources: 6 latents 4 x 8 x 8 of 2 classes."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(2, 6, 4, 8, 8))
+    np.save(folder / "moments.npy", np.concatenate([mean, abs(std)], axis=1).astype(np.float32))
+    np.save(folder / "labels.npy", np.arange(6) % 2)
+    about = {"vae": "mine", "shift": [0.1, 0.2, 0.3, 0.4], "scale": 0.5, "num_classes": 2, **about}
+    (folder / "latents.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_set_made_by_hand_trains(capsys, tmp_path):
+    folder, run = by_hand(tmp_path / "set"), tmp_path / "run"
+    status, stdout, err = cli(capsys, "train", *TINY, "--data", folder, "--run-dir", run, "--max-steps", 2)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["denoising"]) and line["vae_repa"] > 0 for line in lines)
+    facts = torch.load(run / "checkpoints" / "0000002.pt", weights_only=True)["settings"]["data"]
+    expected = {"vae": "mine", "shift": [0.1, 0.2, 0.3, 0.4], "scale": 0.5, "num_classes": 2,
+                "latent_shape": [4, 8, 8], "count": 6, "flip": False}
+    assert {key: facts[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name, array", [
+    ("moments", np.zeros((5, 8, 8, 8), np.float32)), ("moments", np.zeros((18, 8, 8, 8), np.float32)),
+    ("moments", np.zeros((6, 7, 8, 8), np.float32)), ("moments", np.zeros((6, 8, 8, 4), np.float32)),
+    ("moments", np.zeros((6, 8, 64), np.float32)), ("moments", np.zeros((6, 8, 8, 8), np.uint8)),
+    ("moments", np.zeros((6, 8, 8, 8), np.float32, "F")), ("moments", np.zeros(0)),
+    ("labels", np.arange(7) % 2), ("labels", np.array([0, 1, 2, 0, 1, 0])),
+    ("labels", np.array([0, 1, -1, 0, 1, 0])), ("labels", np.zeros(6)), ("labels", np.zeros(0, int)),
+    ("labels", np.array(["cat"] * 6))],
+    ids=lambda x: x if isinstance(x, str) else f"{x.dtype} {x.shape}")
+def test_arrays_made_by_hand_that_do_not_fit(capsys, tmp_path, name, array):
+    folder = by_hand(tmp_path / "set")
+    np.save(folder / f"{name}.npy", array)
+    assert "are damaged" in refused_by_train(capsys, folder, tmp_path)
+
+
+@pytest.mark.parametrize("about", [
+    {"num_classes": 1}, {"num_classes": 2.0}, {"num_classes": None}, {"shift": [0.1, 0.2, 0.3]},
+    {"scale": [1] * 5}, {"scale": []}, {"scale": float("nan")}, {"shift": [0, 0, float("inf"), 0]},
+    {"scale": None}, {"shift": "none"}, {"scale": {"a": 1}}, {"scale": [1, [2, 3]]}], ids=str)
+def test_facts_made_by_hand_that_do_not_fit(capsys, tmp_path, about):
+    assert "are damaged" in refused_by_train(capsys, by_hand(tmp_path / "set", **about), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["vae", "shift", "scale", "num_classes"])
+def test_facts_made_by_hand_that_are_missing(capsys, tmp_path, key):
+    folder = by_hand(tmp_path / "set")
+    about = json.loads((folder / "latents.json").read_text())
+    del about[key]
+    (folder / "latents.json").write_text(json.dumps(about))
+    line = refused_by_train(capsys, folder, tmp_path)
+    assert "are damaged" in line and key in line
+
+
+@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "latents.json"])
+def test_files_of_a_set_that_are_cut_off(capsys, tmp_path, name):
+    file = by_hand(tmp_path / "set") / name
+    file.write_bytes(file.read_bytes()[:-20])
+    assert "are damaged" in refused_by_train(capsys, file.parent, tmp_path)
+    if name != "latents.json":
+        file.unlink()
+        assert name in refused_by_train(capsys, file.parent, tmp_path)
 
 
 # Which files
@@ -664,7 +805,7 @@ def test_mirrored_images_and_stored_images(capsys, images, vae, tmp_path, expect
     moments, stored = np.load(tmp_path / "out/moments.npy"), np.load(tmp_path / "out/images.npy")
     assert_array_equal(stored, crops(images).permute(0, 2, 3, 1))
     assert_allclose(moments[:12], expected_moments, rtol=1e-4, atol=1e-5)
-    mirrored = encode(extract_latents.load_vae(str(vae)), crops(images).flip(3))
+    mirrored = encode(load_vae(str(vae)), crops(images).flip(3))
     assert_allclose(moments[12:], mirrored, rtol=1e-4, atol=1e-5)
     about = json.loads((tmp_path / "out/latents.json").read_text())
     assert about["flip"] and about["store_images"] and about["count"] == len(np.load(tmp_path / "out/labels.npy")) == 12

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import time
 import tracemalloc
 import urllib.error
 import zipfile
@@ -597,24 +596,6 @@ def test_arrays_are_read_in_a_stream(tmp_path):
 
 
 # ---- weights
-def test_arrays_are_read_ahead_and_in_order():
-    """While the caller works on a batch the next ones are read, and no more than those."""
-    rows, asked = [range(i, i + 2) for i in range(0, 10, 2)], []
-
-    class Slow:
-        def __getitem__(self, batch):
-            asked.append(batch)
-            return batch
-
-    batches = fid.read_ahead(Slow(), rows)
-    got = [next(batches)]
-    for _ in range(100):
-        if len(asked) < 3:
-            time.sleep(0.01)
-    assert asked == rows[:3]
-    assert got + list(batches) == rows == asked
-
-
 def test_weights_are_downloaded_once_and_checked(capsys, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "WEIGHTS_URL", weights.as_uri())
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", "0" * 64)

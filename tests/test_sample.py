@@ -2,6 +2,7 @@
 continue and that no batch size or number of processes changes, published checkpoints, and bad input."""
 
 import argparse
+import json
 import os
 import pickle
 import shutil
@@ -19,9 +20,9 @@ from PIL import Image
 import models
 import sample
 from conftest import ROOT, Killed, cli, message, process
-from extract_latents import load_vae
-from models import SiT_models
-from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde, stream
+from extract_latents import load_vae, rng
+from models import SiT_models, to_bf16
+from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde
 
 
 # Data N(mean, std^2) in every element: v = E[noise - x | x_t] is linear in x_t, and x_t is Gaussian at every t
@@ -228,7 +229,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def tiny(vae, weights, tmp_path_factory):
-    """A checkpoint of a lively SiT-Ti/4 with 10 classes, whose EMA differs from its model."""
+    """A checkpoint of a lively SiT-Ti/4 with 10 classes; it also holds a model, whose weights differ."""
     path = tmp_path_factory.mktemp("tiny") / "run" / "checkpoints" / "0000007.pt"
     path.parent.mkdir(parents=True)
     torch.save({"model": lively("SiT-Ti/4", seed=1).state_dict(), "ema": weights, "opt": {}, "step": 7,
@@ -246,13 +247,14 @@ def close(a, b):
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-def test_stream():
-    """Equal for equal (seed, index), and different for any other."""
+def test_streams():
+    """Equal for equal (seed, index), and different for any other; train.py's seeds are lists."""
     def start(seed, i):
-        return tuple(torch.randn(4, generator=stream(seed, i, "cpu")).tolist())
+        return tuple(torch.randn(4, generator=rng(seed, i, "cpu")).tolist())
 
-    assert len({start(seed, i) for seed in range(3) for i in range(50)}) == 150
-    assert start(1, 7) == start(1, 7)
+    seeds = [0, 1, 2, 2**40, [0, 1], [1, 1], [1, 2]]
+    assert len({start(seed, i) for seed in seeds for i in range(50)}) == 50 * len(seeds)
+    assert start(1, 7) == start(1, 7) and start([1, 1], 7) == start([1, 1], 7)
 
 
 @pytest.mark.parametrize("options", [{"mode": "sde"}, {"mode": "ode"},
@@ -270,7 +272,7 @@ def test_latents_do_not_depend_on_their_batch(tiny):
     model, y = load_model(tiny)[0], torch.tensor([0, 3, 9])
 
     def latents(rows):
-        generators = [stream(0, i, "cpu") for i in rows]
+        generators = [rng(0, i, "cpu") for i in rows]
         z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
         return sample_sde(model, z, y[rows], num_steps=20, generators=generators)
 
@@ -279,13 +281,16 @@ def test_latents_do_not_depend_on_their_batch(tiny):
     torch.testing.assert_close(torch.cat([latents([i]) for i in range(3)]), batch, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["sde", "ode"])
+@pytest.mark.parametrize("mode", ["sde", "ode", "heun"])
 def test_sample_images_decodes_what_the_sampler_draws(tiny, vae, mode):
     """Noise first, then the steps, from one stream per image; z = x / scale + shift, decoded and rounded."""
     model, decoder, y = load_model(tiny)[0], load_vae(str(vae)), torch.tensor([1, 8])
-    generators = [stream(5, i, "cpu") for i in (2, 3)]
+    generators = [rng(5, i, "cpu") for i in (2, 3)]
     z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
-    x = sample_ode(model, z, y, num_steps=4) if mode == "ode" else sample_sde(model, z, y, 4, generators=generators)
+    if mode == "sde":
+        x = sample_sde(model, z, y, num_steps=4, generators=generators)
+    else:
+        x = sample_ode(model, z, y, num_steps=4, heun=mode == "heun")
     with torch.no_grad():
         pixels = (decoder.decode(x / 0.5 + 0.25).sample + 1) * 127.5
     expected = torch.floor(pixels + 0.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
@@ -364,7 +369,7 @@ def test_bf16_weights_change_no_bit(tiny):
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(sample_sde(model, draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2)))
-        sample.to_bf16(model)
+        to_bf16(model)
     assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16 and latents[0].dtype == torch.float32
     assert torch.equal(*latents)
     exact = sample_sde(load_model(tiny)[0], draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2))
@@ -379,16 +384,21 @@ def test_bf16_on_the_command_line(capsys, ten, tiny, vae, tmp_path):
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_compiled_samples_are_the_same(capsys, ten, tiny, tmp_path, monkeypatch):
-    """And the short batch at the end does not make torch compile for its size: only 4 and, with guidance, 8."""
-    sizes, compiled = [], []
-    forward, block = models.SiT.forward, models.SiTBlock.compile
-    monkeypatch.setattr(models.SiT, "forward", lambda self, x, t, y: sizes.append(len(x)) or forward(self, x, t, y))
-    monkeypatch.setattr(models.SiTBlock, "compile", lambda self, **how: compiled.append(how) or block(self, **how))
+    """Blocks and final layer, for each size of batch: guided, not guided, and the short one at the end."""
+    compiled, real = [], torch.nn.Module.compile
+
+    def noting(layer, **how):
+        compiled.append((layer, how))
+        real(layer, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noting)
     flags = ("--num-samples", 10, "--batch-size", 4, "--cfg-scale", 2, "--guidance-interval", 0, 0.5)
     images = read_npz(run_sample(capsys, tiny, tmp_path / "compiled.npz", *flags, "--compile"))
-    assert set(sizes) == {4, 8} and compiled == [{"dynamic": False}] * 6
+    assert [type(layer) for layer, _ in compiled] == [models.SiTBlock] * 6 + [models.FinalLayer]
+    assert all(how == {"dynamic": False} for _, how in compiled)
     eager = read_npz(run_sample(capsys, tiny, tmp_path / "eager.npz", *flags, "--no-compile"))
-    assert set(sizes) == {2, 4, 8} and len(compiled) == 6
+    run_sample(capsys, tiny, tmp_path / "grid.png", "--classes", 1, "--per-class", 1, "--compile")
+    assert len(compiled) == 7  # none more: a grid is drawn sooner than layers compile
     assert close(images, eager) and not close(images, read_npz(ten))
 
 
@@ -416,7 +426,7 @@ def test_default_grid(capsys, tiny, vae):
     assert close(grid, draw_rows(tiny, vae, range(80), [c for c in range(10) for _ in range(8)]))
     names = [out]
     for more in (["--seed", 1], ["--cfg-scale", 2], ["--cfg-scale", 2, "--guidance-interval", 0, 0.5],
-                 ["--mode", "ode"], ["--mode", "ode", "--heun"], ["--num-steps", 3], ["--num-samples", 1]):
+                 ["--mode", "ode"], ["--mode", "heun"], ["--num-steps", 3], ["--num-samples", 1]):
         names.append(run_sample(capsys, tiny, None, *([] if "--num-samples" in more else ["--per-class", 1]), *more))
     assert len(set(names)) == 8 and names[-1].suffix == ".npz"
 
@@ -424,7 +434,7 @@ def test_default_grid(capsys, tiny, vae):
 @pytest.mark.parametrize("args, options", [
     (["--cfg-scale", 3, "--guidance-interval", 0.2, 0.8], {"cfg_scale": 3.0, "guidance_interval": (0.2, 0.8)}),
     (["--mode", "ode"], {"mode": "ode"}),
-    (["--mode", "ode", "--heun", "--cfg-scale", 2], {"mode": "ode", "heun": True, "cfg_scale": 2.0})], ids=str)
+    (["--mode", "heun", "--cfg-scale", 2], {"mode": "heun", "cfg_scale": 2.0})], ids=str)
 def test_guidance_and_mode_reach_the_sampler(capsys, tiny, vae, tmp_path, args, options):
     images = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", "--classes", 1, 2, "--per-class", 1, *args))
     assert close(images, draw_rows(tiny, vae, [0, 1], [1, 2], **options))
@@ -517,11 +527,27 @@ def test_finished_output(capsys, tiny, tmp_path, name, monkeypatch):
     assert status == 0 and "complete already" in stdout and not err
     for more, setting in [(["--seed", 3], "seed is 0 there and 3 here"), (["--num-steps", 5], "num_steps is 4 there"),
                           (["--cfg-scale", 2], "cfg_scale is 1.0 there and 2.0 here"),
-                          (["--classes", 1, 3], "labels is [1, 1, 2, 2] there and [1, 1, 3, 3] here"),
+                          (["--classes", 1, 3], "classes is [1, 2] there and [1, 3] here"),
                           (["--mode", "ode"], "mode is 'sde' there and 'ode' here"),
+                          (["--per-class", 1], "per_class is 2 there and 1 here"),
                           (["--precision", "bf16"], "precision is 'fp32' there")]:
         assert setting in refused(capsys, *same, *more)
+    status, stdout, _ = cli(capsys, "sample", *same, "--batch-size", 3, "--compile")  # they change no image
+    assert status == 0 and "complete already" in stdout
     assert state(tmp_path) == before
+
+
+def test_record_of_the_settings(capsys, tiny, vae, tmp_path):
+    """What an output was made with lies beside it in full, defaults and all; a grid's classes are named."""
+    out = run_sample(capsys, tiny, tmp_path / "out.npz", "--num-samples", 3, "--class-balanced")
+    record = {"ckpt": str(tiny.resolve()), "step": 7, "vae": str(vae), "seed": 0, "classes": None,
+              "per_class": 8, "num_samples": 3, "class_balanced": True, "mode": "sde", "num_steps": 4,
+              "cfg_scale": 1.0, "guidance_interval": [0, 1],
+              "precision": "bf16" if torch.cuda.is_available() else "fp32"}
+    assert json.loads(Path(f"{out}.json").read_text()) == record
+    grid = run_sample(capsys, tiny, tmp_path / "grid.png", "--per-class", 1, "--batch-size", 5)
+    grids = {"classes": list(range(10)), "per_class": 1, "num_samples": None, "class_balanced": False}
+    assert json.loads(Path(f"{grid}.json").read_text()) == {**record, **grids}
 
 
 def test_other_grid_of_the_same_labels(capsys, tiny, tmp_path):
@@ -561,7 +587,7 @@ def test_alignment_head_is_left_out(capsys, ten, vae, tmp_path, weights):
     """A model trained with a head draws what the same weights without it draw."""
     head = {"vae_repa_depth": 2, "vae_repa_layers": 2}
     both = {**lively("SiT-Ti/4", **head).state_dict(), **weights}
-    assert any(key.startswith("vae_repa_head.") for key in both)
+    assert any(key.startswith("heads.vae_repa.") for key in both)
     torch.save({"ema": both, "settings": settings_for("SiT-Ti/4", vae, **head)}, tmp_path / "head.pt")
     assert same_weights(load_model(tmp_path / "head.pt")[0], weights)
     images = read_npz(run_sample(capsys, tmp_path / "head.pt", tmp_path / "a.npz", "--num-samples", 10))
@@ -572,7 +598,7 @@ def test_checkpoint_of_train(capsys, checkpoint, vae, tmp_path):
     """What train.py writes is drawn from alone, with its own class count, VAE, shift and scale."""
     ema = torch.load(checkpoint, weights_only=True)["ema"]
     model, settings = load_model(checkpoint)
-    assert same_weights(model, {key: value for key, value in ema.items() if not key.startswith("vae_repa_head.")})
+    assert same_weights(model, {key: value for key, value in ema.items() if not key.startswith("heads.")})
     assert model.num_classes == 3 and (settings["data"]["shift"], settings["data"]["scale"]) == (0.25, 0.5)
     images = read_npz(run_sample(capsys, checkpoint, tmp_path / "a.npz", "--classes", 0, 2, "--per-class", 2))
     assert close(images, draw_rows(checkpoint, vae, range(4), [0, 0, 2, 2]))
@@ -592,20 +618,9 @@ def as_published(weights, *head):
             "args": argparse.Namespace(model="SiT-S/8", data_dir="../data", cfg_prob=0.1), "steps": 400000}
 
 
-def legacy(weights):
-    """REPA's oldest names: blocks up to the projector, then decoder_blocks, counted anew."""
-    renamed = {}
-    for key, value in weights.items():
-        first, index, *rest = f"{key}..".split(".")
-        late = first == "blocks" and int(index) >= 8
-        renamed[key.replace(f"blocks.{index}", f"decoder_blocks.{int(index) - 8}", 1) if late else key] = value
-    assert "decoder_blocks.3.attn.qkv.weight" in renamed and "blocks.8.attn.qkv.weight" not in renamed
-    return renamed
-
-
 FORMS = {"repa": lambda w: as_published(w, "projectors.0.0.weight", "projectors.0.0.bias", "projectors.0.4.weight"),
          "sra": lambda w: as_published(w, "ap_head.0.weight", "ap_head.2.bias"),
-         "repa, legacy": lambda w: as_published(legacy(w), "projectors.0.0.weight"), "bare": dict}
+         "bare": dict}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -661,7 +676,7 @@ def refused_checkpoint(capsys, path):
 
 
 def test_missing_and_truncated_checkpoints(capsys, tiny, tmp_path):
-    assert "there is no checkpoint" in refused_checkpoint(capsys, tmp_path / "none.pt")
+    assert "cannot be read as a checkpoint" in refused_checkpoint(capsys, tmp_path / "none.pt")
     (tmp_path / "folder.pt").mkdir()
     refused_checkpoint(capsys, tmp_path / "folder.pt")
     whole = tiny.read_bytes()
@@ -725,19 +740,25 @@ def test_published_weights_of_no_known_model(capsys, small, tmp_path, missing):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--classes", 10], "0 to 9"), (["--classes", -1], "-1"), (["--classes", 0, 11, 3], "--classes 11"),
     (["--cfg-scale", 0.9], "--cfg-scale 0.9"), (["--cfg-scale", -2], "--cfg-scale"),
     (["--cfg-scale", "nan"], "--cfg-scale"), (["--cfg-scale", "inf", "--num-samples", 1], "--cfg-scale"),
-    (["--guidance-interval", 0.7, 0], "--guidance-interval 0.7 0"),
-    (["--guidance-interval", -0.1, 1], "--guidance-interval"), (["--guidance-interval", 0, 1.1], "--guidance-interval"),
+    (["--guidance-interval", 0.7, 0], "--guidance-interval [0.7, 0.0]"),
+    (["--guidance-interval", -0.1, 1], "--guidance-interval"),
+    (["--guidance-interval", 0, 1.1], "--guidance-interval"),
     (["--guidance-interval", "nan", 1], "--guidance-interval"),
-    (["--heun"], "--mode ode"), (["--classes", 1, "--num-samples", 3], "--num-samples"),
+    (["--classes", 1, "--num-samples", 3], "--num-samples"),
     (["--class-balanced"], "--num-samples"), (["--seed", -1], "--seed"), (["--num-samples", 0], "--num-samples"),
     (["--num-steps", 0], "--num-steps"), (["--batch-size", 0], "--batch-size"), (["--mode", "dopri5"], "--mode"),
     (["--cfg", 2], "--cfg"), (["--vae", "/nonexistent"], "/nonexistent")], ids=str)
 def test_flags_out_of_range(capsys, tiny, tmp_path, words, says):
     assert says in refused(capsys, "--ckpt", tiny, "--out", tmp_path / "out.npz", *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("classes", [(10,), (-1,), (0, 11, 3)], ids=str)
+def test_classes_that_the_checkpoint_does_not_have(capsys, tiny, tmp_path, classes):
+    line = refused(capsys, "--ckpt", tiny, "--out", tmp_path / "out.npz", "--classes", *classes)
+    assert "--classes" in line and "0 to 9" in line and not list(tmp_path.iterdir())
 
 
 def test_vae_of_the_checkpoint_is_gone(capsys, weights, tmp_path):
