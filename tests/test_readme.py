@@ -1,11 +1,13 @@
 """README keeps its word: its links point at the lines they name, and the flags it shows exist."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, process
 
 README = (ROOT / "README.md").read_text()
 
@@ -25,6 +27,37 @@ def test_flags_of_readme_exist(script):
     if script == "train":  # the tables show flags alone
         shown |= {flag for row in re.findall(r"^\| `(--[^`]*)`", README, re.M) for flag in re.findall(r"--[a-z-]+", row)}
     assert shown and not [flag for flag in shown if flag not in text]
+
+
+def test_an_alignment_of_ones_own(latents, tmp_path):
+    """The edits of "Add your own" in a copy of the repo: it trains, logs, resumes and samples with the new term."""
+    repo, run = tmp_path / "repo", tmp_path / "run"
+    repo.mkdir()
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, repo)
+    blocks = re.findall(r"```diff\n(\w+\.py)\n(.*?)```", README, re.S)
+    assert [file for file, _ in blocks] == ["models.py", "train.py"]
+    for file, diff in blocks:
+        text = (repo / file).read_text()
+        for hunk in diff.split("\n\n"):
+            lines = [line for line in hunk.split("\n") if line]
+            before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+            after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        (repo / file).write_text(text)
+    flags = (*TINY, "--data", latents, "--run-dir", run, "--early-v-depth", 3, "--lr", 1e-3)
+    for steps in (2, 6):
+        process(repo / "train", *flags, "--max-steps", steps)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert list(lines[0])[1:4] == ["denoising", "vae_repa", "early_v"]
+    assert lines[0]["early_v"] == pytest.approx(lines[0]["denoising"], rel=1e-5)  # both predict 0 at first
+    assert lines[5]["early_v"] != lines[0]["early_v"]
+    default = subprocess.run([sys.executable, "-c", "import sys, train; print(train.parse_args().run_dir)", "--early-v-depth", "3"],
+                             cwd=repo, capture_output=True, text=True, check=True).stdout
+    assert default.strip() == "runs/SiT-XL-2_vae-repa-depth-8_early-v-depth-3"
+    process(repo / "sample", "--ckpt", run / "checkpoints" / "0000006.pt", "--num-steps", 2, "--out", tmp_path / "a.png")
 
 
 def test_the_top_level_holds_what_was_promised():
