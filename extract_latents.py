@@ -521,19 +521,25 @@ class Latents:
         count, channels, num_classes = len(self.labels), channels // 2, self.facts["num_classes"]
         if self.moments.dtype.kind != "f" or not self.moments.flags.c_contiguous:
             raise ValueError("moments.npy is not an array of floats in C order")
-        if self.moments.shape[1:] != (2 * channels, height, height) or rows not in (count, 2 * count):
-            raise ValueError(f"moments of shape {self.moments.shape} are not (N, 2C, H, H) for {count} labels")
+        if self.moments.shape[1:] != (2 * channels, height, height):
+            raise ValueError(f"moments of shape {self.moments.shape} are not (N, 2C, H, H)")
+        if self.labels.shape != (count,) or rows not in (count, 2 * count):
+            raise ValueError(f"there are {rows} rows of moments and labels of shape {self.labels.shape}")
         if type(num_classes) is not int or self.labels.min() < 0 or self.labels.max() >= num_classes:
             raise ValueError(f"labels are {self.labels.min()} to {self.labels.max()}, num_classes is {num_classes}")
         for value in (self.shift, self.scale):
             if len(value) not in (1, channels) or not np.isfinite(value).all():
                 raise ValueError(f"shift and scale must each be one number or {channels}")
+        if (self.scale <= 0).any():
+            raise ValueError(f"scale is {self.facts['scale']}, not above 0")
         facts = {"latent_shape": [channels, height, width], "count": count, "flip": rows > count}
         if self.images is not None:
             size = facts["image_size"] = self.images.shape[1]
             if self.images.shape != (count, size, size, 3) or self.images.dtype != np.uint8:
                 raise ValueError(f"images.npy holds {self.images.dtype} of shape {self.images.shape}, and there are "
                                  f"{count} labels")
+            if not self.images.flags.c_contiguous:
+                raise ValueError("images.npy is not in C order")
         return facts
 
     def read(self, rows):

@@ -95,8 +95,9 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
 
 
 def save_grid(images, columns, path):
-    """Write images (N, S, S, 3), N a multiple of columns, row by row into one PNG."""
-    rows = images.reshape(-1, columns, *images.shape[1:])  # (rows, columns, S, S, 3)
+    """Write images (N, S, S, 3) row by row into one PNG."""
+    black = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)  # fills up the last row
+    rows = np.concatenate([images, black]).reshape(-1, columns, *images.shape[1:])
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
 

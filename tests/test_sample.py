@@ -711,7 +711,7 @@ def test_code_in_a_checkpoint_does_not_run(capsys, tmp_path, save):
     ("SiT-Ti/4", {"latent": 9})], ids=str)
 def test_weights_that_do_not_fit_their_settings(capsys, vae, weights, tmp_path, name, others):
     torch.save({"ema": weights, "settings": settings_for(name, vae, **others)}, tmp_path / "a.pt")
-    assert "do not fit" in refused_checkpoint(capsys, tmp_path / "a.pt")
+    assert "does not fit" in refused_checkpoint(capsys, tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("without, extra", [("blocks.3.attn.qkv.bias", {}), ("", {"extra.weight": torch.ones(1)})])
@@ -719,7 +719,7 @@ def test_missing_and_superfluous_weights(capsys, vae, weights, tmp_path, without
     kept = {key: value for key, value in weights.items() if key != without}
     torch.save({"ema": {**kept, **extra}, "settings": settings_for("SiT-Ti/4", vae)}, tmp_path / "a.pt")
     line = refused_checkpoint(capsys, tmp_path / "a.pt")
-    assert "do not fit" in line and (without or "extra.weight") in line
+    assert "does not fit" in line and (without or "extra.weight") in line
 
 
 @pytest.mark.parametrize("value", [
