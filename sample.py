@@ -96,7 +96,7 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
 
 def save_grid(images, columns, path):
     """Write images (N, S, S, 3) row by row into one PNG."""
-    black = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)  # fills up the last row
+    black = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)  # fill the last row
     rows = np.concatenate([images, black]).reshape(-1, columns, *images.shape[1:])
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
@@ -146,7 +146,7 @@ def parse_args():
     add("--ckpt", required=True, metavar="FILE", help="checkpoint, whose EMA weights are used")
     add("--classes", type=int, nargs="+", help="classes (default: up to 10, evenly spaced)")
     add("--per-class", type=positive_int, default=8, help="images of each")
-    add("--num-samples", type=positive_int, help="instead: this many images of random classes")
+    add("--num-samples", type=positive_int, help="or: so many images of random classes")
     add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
     add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
     add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")

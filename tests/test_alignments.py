@@ -540,6 +540,8 @@ def test_repa_without_images_or_with_others(capsys, hub, tmp_path):
     few = write_set(tmp_path / "few")
     np.save(few / "images.npy", np.load(few / "images.npy")[:11])
     assert "images.npy" in refused(capsys, few, tmp_path / "run", *flags)
+    np.save(few / "images.npy", np.asfortranarray(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)))
+    assert "C order" in refused(capsys, few, tmp_path / "run", *flags)
     odd = write_set(tmp_path / "odd", image_size=40)
     assert "40 pixels" in refused(capsys, odd, tmp_path / "run", *flags)
 

@@ -459,7 +459,7 @@ def test_a_set_made_by_hand_trains(capsys, tmp_path):
     ("moments", np.zeros((6, 7, 8, 8), np.float32)), ("moments", np.zeros((6, 8, 8, 4), np.float32)),
     ("moments", np.zeros((6, 8, 64), np.float32)), ("moments", np.zeros((6, 8, 8, 8), np.uint8)),
     ("moments", np.zeros((6, 8, 8, 8), np.float32, "F")), ("moments", np.zeros(0)),
-    ("labels", np.arange(7) % 2), ("labels", np.array([0, 1, 2, 0, 1, 0])),
+    ("labels", np.arange(7) % 2), ("labels", np.zeros((6, 1), int)), ("labels", np.array([0, 1, 2, 0, 1, 0])),
     ("labels", np.array([0, 1, -1, 0, 1, 0])), ("labels", np.zeros(6)), ("labels", np.zeros(0, int)),
     ("labels", np.array(["cat"] * 6))],
     ids=lambda x: x if isinstance(x, str) else f"{x.dtype} {x.shape}")
@@ -471,7 +471,7 @@ def test_arrays_made_by_hand_that_do_not_fit(capsys, tmp_path, name, array):
 
 @pytest.mark.parametrize("about", [
     {"num_classes": 1}, {"num_classes": 2.0}, {"num_classes": None}, {"shift": [0.1, 0.2, 0.3]},
-    {"scale": [1] * 5}, {"scale": []}, {"scale": float("nan")}, {"shift": [0, 0, float("inf"), 0]},
+    {"scale": [1] * 5}, {"scale": []}, {"scale": 0}, {"scale": [1, 1, -1, 1]}, {"scale": float("nan")}, {"shift": [0, 0, float("inf"), 0]},
     {"scale": None}, {"shift": "none"}, {"scale": {"a": 1}}, {"scale": [1, [2, 3]]}], ids=str)
 def test_facts_made_by_hand_that_do_not_fit(capsys, tmp_path, about):
     assert "are damaged" in refused_by_train(capsys, by_hand(tmp_path / "set", **about), tmp_path)

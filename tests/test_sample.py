@@ -418,6 +418,13 @@ def test_grid_folder_and_npz_hold_the_same_pixels(capsys, tiny, vae, tmp_path):
     assert_array_equal(grid, images.reshape(2, 3, 32, 32, 3).swapaxes(1, 2).reshape(64, 96, 3))
 
 
+def test_a_grid_of_any_number(capsys, tiny, vae, tmp_path):
+    """Random classes as a grid too: the rest of the last row is black."""
+    out = run_sample(capsys, tiny, tmp_path / "a.png", "--num-samples", 5, "--per-class", 3)
+    grid = np.asarray(Image.open(out)).reshape(2, 32, 3, 32, 3).swapaxes(1, 2).reshape(6, 32, 32, 3)
+    assert close(grid[:5], draw_rows(tiny, vae, range(5), random_labels(0, 5))) and not grid[5].any()
+
+
 def test_default_grid(capsys, tiny, vae):
     """Every class of ten, 8 images each, into the run's samples/, under a name that tells the settings apart."""
     out = run_sample(capsys, tiny, None)
