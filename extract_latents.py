@@ -420,6 +420,7 @@ class ResumableArray:
         Their bounds are fixed, so that a continued run computes the same batches as an undisturbed one.
         """
         done = np.frombuffer(self.progress.read_bytes(), np.uint8)
+        barrier()  # all have read it before any goes on to write
         starts = [i for i in range(0, len(done), batch_size) if not done[i : i + batch_size].all()]
         return [range(i, min(i + batch_size, len(done))) for i in starts[rank::world_size]]
 
@@ -491,7 +492,7 @@ class Latents:
     with at least {"vae": name, "shift": float or list, "scale": float or list, "num_classes": int}.
 
     facts: what training and sampling need to know of the set, and a resumed run must find unchanged: these keys,
-    latent_shape [C, H, W], count, flip and, with_images, image_size. What is wrong is one sentence.
+    latent_shape [C, H, W], count, flip and, with_images, image_size. Errors are one sentence.
     """
 
     def __init__(self, folder, with_images=False):
@@ -543,9 +544,8 @@ class Latents:
         return facts
 
     def read(self, rows):
-        """mean and std of x (B, C, H, W) float32, labels (B,) and, with_images, images (B, 3, S, S) uint8, as tensors.
-
-        x = (z - shift) * scale is what is trained on; rows: (B,), those from `count` on are mirror images.
+        """Normalised mean and std, of x = (z - shift) * scale, (B, C, H, W) float32; labels (B,) int64; and, with_images,
+        images (B, 3, S, S) uint8: all tensors. rows: (B,) integers; those from `count` on are mirror images.
         """
         mean, std = np.split(read_rows(self.moments, rows).astype(np.float32), 2, axis=1)
         mirrored, rows = np.divmod(rows, len(self.labels))

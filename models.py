@@ -28,7 +28,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # every block keeps these strides
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # all blocks keep this layout
 
 
 def unpatchify(tokens, patch_size, channels):
@@ -89,7 +89,8 @@ class Attention(nn.Module):
 
     def forward(self, h):
         b, n, d = h.shape
-        q, k, v = self.qkv(h).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        qkv = self.qkv(h).reshape(b, n, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                     # each (B, heads, N, D/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
@@ -143,7 +144,7 @@ def linears(*widths):
 class AlignHead(nn.Module):
     """VAE-REPA's MLP P (section 3.2.2): block output (B, N, D), c (B, D) -> clean patches (B, N, p * p * C).
 
-    Linear layers with SiLU, D -> 2D -> 2D -> 2D -> D of 5 layers and D -> D of 2, then one like SiT's last.
+    `layers` - 1 linear layers with SiLU (5: D -> 2D -> 2D -> 2D -> D, 2: D -> D), then SiT's final layer.
     The paper gives no widths; these reproduce its parameter counts and FLOPs (section 4.2, Table 4).
     """
 
@@ -304,10 +305,9 @@ def load_encoder(name, hub, image_size):
     """An `Encoder` of torch.hub's facebookresearch/dinov2 or of `hub`, a clone of it; raises ValueError."""
     try:
         if hub:
-            weights = Path(hub, f"{name}_pretrain.pth")
-            network = torch.hub.load(hub, name, source="local", pretrained=not weights.exists())
-            if weights.exists():
-                network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            network = torch.hub.load(hub, name, source="local", pretrained=False)
+            weights = torch.load(Path(hub, f"{name}_pretrain.pth"), map_location="cpu", weights_only=True)
+            network.load_state_dict(weights)
         else:
             os.makedirs(torch.hub.get_dir(), exist_ok=True)
             with open(Path(torch.hub.get_dir(), "dinov2.lock"), "w") as file:
@@ -315,11 +315,11 @@ def load_encoder(name, hub, image_size):
                 network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
         return Encoder(network, image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        raise ValueError(f"encoder {name} of {hub or 'torch.hub'}: {error}") from error
+        raise ValueError(f"cannot load encoder {name} from {hub or 'torch.hub'}: {error}") from error
 
 
 def to_bf16(model):
-    """Keep in bf16 the weights that autocast rounds in every call: same results, half the memory."""
+    """Keep in bf16 the weights that autocast rounds in every call: half the memory."""
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.bfloat16()

@@ -30,7 +30,7 @@ def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
     """v at (x, t), guided if t is in the interval: v0 + cfg_scale (v - v0), where v0 is the null class's."""
     times = x.new_full((len(x),), t)
     low, high = guidance_interval
-    if cfg_scale == 1 or not low <= t <= high:  # outside the interval the unconditional half is not computed
+    if cfg_scale == 1 or not low <= t <= high:  # outside the interval v_null is not computed
         return model(x, times, y).to(x.dtype)
     null = torch.full_like(y, model.num_classes)
     v, v_null = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).to(x.dtype).chunk(2)
@@ -146,7 +146,7 @@ def parse_args():
     add("--ckpt", required=True, metavar="FILE", help="checkpoint, whose EMA weights are used")
     add("--classes", type=int, nargs="+", help="classes (default: up to 10, evenly spaced)")
     add("--per-class", type=positive_int, default=8, help="images of each")
-    add("--num-samples", type=positive_int, help="or: so many images of random classes")
+    add("--num-samples", type=positive_int, help="or this many images of random classes")
     add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
     add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
     add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")
@@ -161,19 +161,19 @@ def parse_args():
     add = parser.group("computing")
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="if --num-samples")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="with --num-samples")
     args = parser.parse_args()
     if args.num_samples and args.classes or args.class_balanced and not args.num_samples:
         fail("--classes cannot be given with --num-samples, nor --class-balanced without it")
     if not 1 <= args.cfg_scale < math.inf:
-        fail(f"--cfg-scale {args.cfg_scale} is not a number from 1, no guidance, up")
+        fail(f"--cfg-scale {args.cfg_scale} must be finite and at least 1, which is none")
     if args.guidance_interval[0] > args.guidance_interval[1]:
-        fail(f"--guidance-interval {args.guidance_interval} is not in rising order")
+        fail(f"--guidance-interval {args.guidance_interval} must have LO <= HI")
     return args
 
 
 def default_out(args):
-    """A name that tells the settings, in the samples/ of the checkpoint's run."""
+    """A name that tells the settings, in samples/ of the run."""
     folder = Path(args.ckpt).resolve().parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     low, high = args.guidance_interval
@@ -184,7 +184,7 @@ def default_out(args):
 
 
 def write_images(images, out, per_class):
-    """Write uint8 images (N, S, S, 3) as what the name of `out` asks for; it appears when complete."""
+    """Write uint8 images (N, S, S, 3) as what the name of `out` asks for."""
     if out.suffix == ".npz":
         with atomic_write(out) as file:
             np.savez(file, arr_0=images)
@@ -194,7 +194,7 @@ def write_images(images, out, per_class):
         temporary = Path(f"{out}.tmp")
         temporary.mkdir(exist_ok=True)
         names = [temporary / f"{i:06d}.png" for i in range(len(images))]
-        with ThreadPoolExecutor(8) as threads:  # compressing leaves Python free
+        with ThreadPoolExecutor(8) as threads:
             writing = threads.map(lambda image, name: Image.fromarray(image).save(name), images, names)
             list(tqdm(writing, "writing PNGs", len(images)))
         os.sync()
@@ -207,7 +207,9 @@ def main():
     facts = trained["data"]
     n = facts["num_classes"]
     if args.classes and not 0 <= min(args.classes) <= max(args.classes) < n:
-        fail(f"--classes {args.classes} are not all in this checkpoint, which has 0 to {n - 1}")
+        fail(f"--classes {args.classes}: this checkpoint has 0 to {n - 1}")
+    if args.cfg_scale > 1 and trained.get("label_dropout") == 0:
+        fail("trained with --label-dropout 0, this checkpoint has no null class for --cfg-scale")
     if args.num_samples:
         y = [i % n if args.class_balanced else int(np.random.default_rng([args.seed, i]).integers(n))
              for i in range(args.num_samples)]
@@ -225,7 +227,7 @@ def main():
         return
 
     vae = load_vae(args.vae)
-    rank, world_size, device = init_distributed("gloo", timedelta(days=2))  # they only meet at the end
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     model, vae = model.to(device), vae.to(device)
     try:
         x = torch.zeros(1, *facts["latent_shape"], device=device)
@@ -237,7 +239,7 @@ def main():
         to_bf16(model)
     if args.compile and args.num_samples:
         for layer in (*model.blocks, model.final_layer):
-            layer.compile(dynamic=False)  # for two batch sizes: guided or not
+            layer.compile(dynamic=False)
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
     batches = images.batches(args.batch_size, rank, world_size)
     for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):

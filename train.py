@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --vae-repa-depth 8     # or `python` on one device
 
-    x_t = (1 - t) x + t noise,  v = dx_t/dt = noise - x   t = 1 is noise, t = 0 is data, t ~ U[0, 1]  Eq. 1, 3
-    L = |v_pred - v|^2 + lambda smooth_l1(x_pred, x; beta)  v_pred: last block, x_pred: block d    Eq. 4, 7, 8
+    x_t = (1 - t) x + t noise,  v = dx_t/dt = noise - x           t = 1 is noise, t = 0 is data   (Eq. 1, 3)
+    L = mean (v_pred - v)^2 + lambda smooth_l1(x_pred, x; beta)   v_pred: last block, x_pred: block d  (7, 8)
 
-x is the VAE's latent, drawn from its posterior anew every step, shifted and scaled. REPA (arXiv 2410.06940)
-and SRA (arXiv 2505.02831) are heads with other targets in the same loop. Each has a flag for its depth; 0 is
-off. Run the same command again to resume.
+x is the VAE's latent, drawn from its posterior anew every step, shifted and scaled; t ~ U[0, 1]. REPA (arXiv
+2410.06940) and SRA (arXiv 2505.02831) are heads with other targets in the same loop. Each has a flag for its
+depth; 0 is off. Run the same command again to resume.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from extract_latents import (MALFORMED, Latents, Parser, atomic_write, barrier, check_same_settings, fail,
@@ -58,18 +58,18 @@ def alignment_loss(prediction, target, objective="smooth_l1", beta=0.05):
 
 
 def training_losses(model, batch, args, ema, encoder):
-    """The terms of Eq. 8 for each image, unweighted, in float32: {"denoising": (B,), and for each head (B,)}.
+    """Each image's terms of Eq. 8 before weighting, in float32: {"denoising" and each head's name: (B,)}.
 
-    batch: see `make_batch`; ema: the averaged model; encoder: REPA's, or None.
+    batch: see `make_batch`; ema: the averaged model, SRA's teacher; encoder: REPA's, or None.
     """
     x, noise, t, y = batch["x"], batch["noise"], batch["t"], batch["y"]
     x_t, v = interpolate(x, noise, t)
     v_pred, heads = model(x_t, t, y, return_align=True)  # heads: their predictions, {name: (B, N, dim)}
-    losses = {"denoising": (v_pred.float() - v).square().mean(dim=(1, 2, 3))}                    # Eq. 4
-    if "vae_repa" in heads:  # VAE-REPA: the target is the clean latent itself, as patches         Eq. 7
+    losses = {"denoising": (v_pred.float() - v).square().mean(dim=(1, 2, 3))}  # Eq. 4
+    if "vae_repa" in heads:  # VAE-REPA, Eq. 7: the target is the clean latent itself, as patches
         target = patchify(x, ema.patch_size)
         loss = alignment_loss(heads["vae_repa"], target, args.vae_repa_loss, args.vae_repa_beta)
-        losses["vae_repa"] = loss * batch["in_interval"]
+        losses["vae_repa"] = loss * batch["interval_weight"]
     if "repa" in heads:  # REPA: the target is an image encoder's patch tokens
         losses["repa"] = alignment_loss(heads["repa"], encoder(batch["images"]), "cosine")
     if "sra" in heads:  # SRA: the target is a later block of the EMA model, which sees less noise
@@ -83,15 +83,16 @@ def loss_weight(name, args, epoch):
     """lambda of Eq. 8, the flag --NAME-weight; SRA's falls to a tenth every 1000 epochs after epoch 149."""
     if name == "denoising":
         return 1.0
-    return getattr(args, f"{name}_weight") * (0.1 ** (max(epoch - 149, 0) / 1000) if name == "sra" else 1.0)
+    weight = getattr(args, f"{name}_weight")
+    return weight * 0.1 ** (max(epoch - 149, 0) / 1000) if name == "sra" else weight
 
 
-def training_step(model, raw_model, ema, optimizer, encoder, batch, args, epoch):
-    """One optimizer step on this process's images; model is raw_model, or DDP around it.
+def training_step(model, ema, optimizer, encoder, batch, args, epoch):
+    """One optimizer step on this process's images; model may be in DDP.
 
-    Returns their mean losses, unweighted, and last the gradient norm of all processes: (losses + 1,).
+    Returns scalars by name: the means of their losses before weighting, and "grad_norm" over all processes.
     """
-    local_batch, means = len(batch["x"]), 0
+    raw_model, local_batch, means = getattr(model, "module", model), len(batch["x"]), {}
     for first in range(0, local_batch, args.micro_batch):
         micro = {name: values[first : first + args.micro_batch] for name, values in batch.items()}
         last = first + args.micro_batch == local_batch  # only then does DDP average the gradients
@@ -99,13 +100,13 @@ def training_step(model, raw_model, ema, optimizer, encoder, batch, args, epoch)
             with torch.autocast(batch["x"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = training_losses(model, micro, args, ema, encoder)
             losses = {name: loss.sum() / local_batch for name, loss in losses.items()}
-            sum(loss_weight(name, args, epoch) * loss for name, loss in losses.items()).backward()   # Eq. 8
-        means = means + torch.stack(list(losses.values())).detach()
+            sum(loss_weight(name, args, epoch) * loss for name, loss in losses.items()).backward()  # Eq. 8
+        means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     update_ema(ema, raw_model, args.ema_decay)
-    return torch.cat([means, grad_norm.view(1)])
+    return {**means, "grad_norm": grad_norm}
 
 
 @torch.no_grad()
@@ -115,9 +116,9 @@ def update_ema(ema, model, decay):
 
 
 def step_rows(facts, args, step):
-    """Rows (batch_size,) of a step's global batch, cut from an endless sequence of shuffled epochs.
+    """Rows (batch_size,) of a step's global batch, cut from an endless series of shuffled epochs.
 
-    In a set with mirror images, half of the rows are theirs, `count` further on.
+    In a set with mirror images, half of the rows are mirrored: row + count.
     """
     count, positions = facts["count"], np.arange(step * args.batch_size, (step + 1) * args.batch_size)
     epochs, places = np.divmod(positions, count)
@@ -134,8 +135,8 @@ def epoch_order(count, seed, epoch):
 def make_batch(stored, step, facts, args, local, device):
     """What `training_losses` needs of b images, the slice `local` of the global batch: {name: (b, …)}.
 
-    stored: from `Latents.read`. Random numbers are drawn for the whole batch and depend, as its rows do, on
-    (seed, step) alone: neither a resume nor the number of processes changes the run.
+    stored: from `Latents.read`. Random numbers are drawn for the whole batch and, as its rows, depend on
+    (seed, step) alone: neither a resume nor the number of processes changes them.
     """
     pin = device.type == "cuda"  # so that copies do not wait for the GPU
     mean, std, y, *images = ((x.pin_memory() if pin else x).to(device, non_blocking=True) for x in stored)
@@ -145,14 +146,15 @@ def make_batch(stored, step, facts, args, local, device):
     low, high = args.vae_repa_interval
     inside = ((low <= t) & (t <= high)).float()
     inside *= size / inside.sum().clamp(min=1)  # a mean over the batch is then one over the images inside
-    batch = {"x": mean + std * eps[local], "noise": noise[local], "t": t[local], "in_interval": inside[local],
+    batch = {"x": mean + std * eps[local], "noise": noise[local], "t": t[local],
              "y": torch.where(u_drop[local] < args.label_dropout, facts["num_classes"], y),  # the null class
+             "interval_weight": inside[local],
              "t_teacher": (t - args.sra_t_max * u_teacher).clamp(min=0)[local]}
     return {**batch, "images": images[0]} if images else batch
 
 
 def compile_layers(model, ema, args):
-    """Compile each layer by itself, which is quick, and for fixed sizes: sample grids have others."""
+    """Compile layer by layer, which is quick, for fixed sizes: sample grids have others."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph in three
     teacher = ema.blocks[: args.sra_teacher_depth] if args.sra_depth else []
     for layer in (*model.blocks, *model.heads.values(), model.final_layer, *teacher):
@@ -160,31 +162,31 @@ def compile_layers(model, ema, args):
 
 
 def check_finite(done, history):
-    """Stop if a gradient norm, last in the rows of history, is not finite; all processes do."""
-    bad = (~history[:, -1].isfinite()).nonzero()
+    """Stop, on all processes, if a gradient norm in history is not finite."""
+    bad = (~torch.stack([scalars["grad_norm"] for scalars in history]).isfinite()).nonzero()
     if len(bad):
         step = done - len(history) + 1 + int(bad[0])
-        fail(f"the loss or its gradient is not finite at step {step}, and in no checkpoint; are the latents "
-             "finite, is --lr too high?")
+        fail(f"the loss or its gradient is not finite at step {step}; no checkpoint contains it: is --lr too "
+             "high, are the latents finite?")
 
 
-def log_line(done, history, names, images_per_s):
-    """A line of log.jsonl: means over the rows of history, (steps, names + 1), and all processes."""
-    means = history.mean(dim=0)
+def log_line(done, history, images_per_s):
+    """A line of log.jsonl: means over the steps in history and the processes."""
+    means = torch.stack([torch.stack(list(scalars.values())) for scalars in history]).mean(dim=0)
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
-    return {"step": done, **dict(zip([*names, "grad_norm"], means.tolist())),
-            "grad_norm_max": history[:, -1].max().item(), "images_per_s": images_per_s,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    largest = max(scalars["grad_norm"].item() for scalars in history)  # shows spikes
+    return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": largest,
+            "images_per_s": images_per_s, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def draw_grid(ema, vae, facts, args, path):
-    """4 images, in a row, of each of up to 10 classes; always of the same noise, guided as in Fig. 4."""
+    """Rows of 4 images of up to 10 classes, always from the same noise, guided as in Fig. 4."""
     classes = np.linspace(0, facts["num_classes"] - 1, min(facts["num_classes"], 10)).astype(int)
     y = np.repeat(classes, 4)
     images = sample_images(ema, vae, facts, range(len(y)), y, args.seed, args.precision,
-                           mode="ode", num_steps=50, cfg_scale=4.0)
+                           mode="ode", num_steps=50, cfg_scale=4.0 if args.label_dropout else 1.0)
     save_grid(images.cpu().numpy(), 4, path)
 
 
@@ -193,7 +195,7 @@ def save(path, checkpoint):
         torch.save(checkpoint, file)  # tensors, numbers and dicts: loads weights-only
 
 
-signals = []  # names of those that asked this process to stop
+signals = []  # names of those received
 
 
 def any_signal():
@@ -210,32 +212,32 @@ def parse_args():
     add = parser.group("model and data")
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
-    add("--init-from", metavar="FILE", help="start from the EMA weights of train.py, REPA or SRA")
+    add("--init-from", metavar="FILE", help="checkpoint with EMA weights to start from")
     add = parser.group("VAE-REPA")
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
     add("--vae-repa-loss", choices=["smooth_l1", "l1", "l2", "cosine"], default="smooth_l1", help="Table 1")
     add("--vae-repa-beta", type=positive_float, default=0.05, help="beta of smooth_l1, Eq. 7")
-    add("--vae-repa-layers", type=positive_int, default=5, help="layers of the head")
+    add("--vae-repa-layers", type=positive_int, default=5, help="of the head, at least 2")
     add("--vae-repa-interval", type=fraction, nargs=2, default=[0, 1], metavar=("LO", "HI"),
         help="align where LO <= t <= HI")
     add = parser.group("REPA")
     add("--repa-depth", type=nonnegative_int, default=0, help="block to align (REPA: 8); 0 is off")
     add("--repa-weight", type=nonnegative_float, default=0.5, help="lambda")
     add("--repa-encoder", default="dinov2_vitb14", help="name in torch.hub's facebookresearch/dinov2")
-    add("--repa-hub", metavar="DIR", help="clone of that repository with ENCODER_pretrain.pth in it")
+    add("--repa-hub", metavar="DIR", help="clone of it with REPA_ENCODER_pretrain.pth inside")
     add = parser.group("SRA")
     add("--sra-depth", type=nonnegative_int, default=0, help="block to align (SRA: XL 8, L 6, B 3); 0 is off")
     add("--sra-weight", type=nonnegative_float, default=0.2, help="lambda until epoch 149, then falling")
     add("--sra-teacher-depth", type=positive_int, help="the EMA model's block (default: XL 20, L 16, B 8)")
-    add("--sra-t-max", type=fraction, default=0.2, help="the teacher's time is earlier by up to this")
+    add("--sra-t-max", type=fraction, default=0.2, help="the teacher's t is smaller by up to this")
     add = parser.group("optimization")
     add("--batch-size", type=positive_int, default=256, help="images per step over all processes")
-    add("--micro-batch", type=positive_int, help="images per forward; gradients accumulate (default: all)")
+    add("--micro-batch", type=positive_int, help="images per forward and process (default: all)")
     add("--max-steps", type=positive_int, default=400_000, help="optimizer steps")
     add("--lr", type=positive_float, default=1e-4, help="AdamW's constant learning rate")
     add("--grad-clip", type=positive_float, default=1.0, help="largest gradient norm; inf is none")
-    add("--ema-decay", type=fraction, default=0.9999, help="of the averaged weights, which sample")
+    add("--ema-decay", type=fraction, default=0.9999, help="of the weights that sample")
     add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
@@ -245,19 +247,19 @@ def parse_args():
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=positive_int, default=50_000, help="steps between numbered checkpoints")
     add("--state-every", type=positive_int, default=10_000, help="steps between rewrites of state.pt")
-    add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0: none")
+    add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0 is off")
     args = parser.parse_args()
 
     size = args.model.split("-")[1].split("/")[0]
     args.vae_repa_depth = ALIGN_DEPTHS[size] if args.vae_repa_depth is None else args.vae_repa_depth
-    for method in ("vae_repa", "repa", "sra"):
-        if not getattr(args, f"{method}_weight"):  # weight 0 builds no head either
-            setattr(args, f"{method}_depth", 0)
+    for name, value in list(vars(args).items()):
+        if name.endswith("_weight") and not value:  # weight 0 builds no head either
+            setattr(args, name.replace("_weight", "_depth"), 0)
     if args.sra_depth:
         args.sra_teacher_depth = args.sra_teacher_depth or SRA_DEPTHS[size][1]
     low, high = args.vae_repa_interval
     if low > high:
-        fail(f"--vae-repa-interval {low} {high} is not in rising order")
+        fail(f"--vae-repa-interval {low} {high} must have LO <= HI")
     args.run_dir = args.run_dir or default_run_dir(args, parser)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(args.batch_size // world_size, 1)
@@ -267,26 +269,27 @@ def parse_args():
     return args
 
 
-# flags that a resume may change; and data, the latents' path, because the facts about them are compared
+# flags that a resume may change; of --data, the facts are compared and not the path
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "repa_hub", "data")
+        "sample_every", "repa_hub")
 
 
 def default_run_dir(args, parser):
     """runs/MODEL, then each flag that changes what is learned and is not at its default."""
     words = [args.model, *(f"{key}-{value}" for key, value in vars(args).items()
-                           if key not in (*FREE[:-1], "model") and value != parser.get_default(key))]
+                           if key not in (*FREE, "model") and value != parser.get_default(key))]
     return "runs/" + "_".join(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)
 
 
 def comparable(settings):
-    """What a resume may not change: other flags, and facts about the latents."""
-    return {key: value for key, value in {**settings, **settings["data"]}.items() if key not in FREE}
+    """What a resume may not change."""
+    settings = {**settings, **settings["data"], "data": None}
+    return {key: value for key, value in settings.items() if key not in FREE}
 
 
 def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA, state to resume or None, REPA's
-    encoder or None, VAE for sample grids or None).
+    """Every check, before the GPU is touched: (latents, settings, model, EMA; state to resume, REPA's encoder,
+    VAE for grids: each or None).
     """
     run_dir, encoder, vae = Path(args.run_dir), None, None
     latents = Latents(args.data, with_images=args.repa_depth > 0)
@@ -297,28 +300,30 @@ def prepare(args):
             settings["repa_dim"] = encoder.dim
         torch.manual_seed(args.seed)
         model = build_model(settings, heads=True)
-        side, blocks = model.input_size // model.patch_size, len(model.blocks)
+        side = model.input_size // model.patch_size
         if encoder and encoder.side != side:
-            raise ValueError(f"the encoder has {encoder.side}x{encoder.side} tokens, not {side}x{side}")
-        if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= blocks:
+            raise ValueError(f"the encoder has {encoder.side}x{encoder.side} tokens, SiT {side}x{side}")
+        if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
-                             f"{args.sra_depth} and at most {blocks}")
+                             f"{args.sra_depth} and at most {len(model.blocks)}")
     except ValueError as error:
-        fail(f"--model {args.model} does not fit: {first_line(error)}")
+        fail(first_line(error))
     path, state = run_dir / "settings.json", None
     try:
         if path.exists():
-            check_same_settings(run_dir, comparable(read_json(path)), comparable(settings))
+            before = comparable({**settings, **read_json(path)})  # some flags may be new
+            check_same_settings(run_dir, before, comparable(settings))
         path = run_dir / "state.pt"
         if path.exists():
             state = load_checkpoint(path)
             model.load_state_dict(state["model"])
         elif args.init_from:
             path = args.init_from
-            weights, table = load_model(path)[0].state_dict(), "y_embedder.embedding_table.weight"
+            weights = load_model(path)[0].state_dict()
+            table = "y_embedder.embedding_table.weight"
             if len(weights[table]) != model.num_classes + 1:
                 del weights[table]
-            model.load_state_dict(weights, strict=False)  # heads and a table of other classes begin anew
+            model.load_state_dict(weights, strict=False)  # heads and a label table of another size begin anew
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         if state:
             ema.load_state_dict(state["ema"])
@@ -350,17 +355,16 @@ def main():
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
-            fail(f"processes resume from steps {starts}: all machines must see the same files in --run-dir")
-        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+            fail(f"processes resume from steps {starts}: all machines must see the same --run-dir")
+        model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # the position table never changes
     if rank == 0:
         millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
         print(f"{run_dir}: {millions:.1f} M parameters, from step {start}, on {world_size} x {device.type}")
 
-    signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(signal.Signals(number).name))
-    names, local_batch = ["denoising", *raw_model.heads], args.batch_size // world_size
+    local_batch = args.batch_size // world_size
     local = slice(rank * local_batch, (rank + 1) * local_batch)  # this process's part of each global batch
     steps = range(start, args.max_steps)
     rows = (step_rows(facts, args, step)[local] for step in steps)
@@ -369,27 +373,26 @@ def main():
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
         batch = make_batch(stored, step, facts, args, local, device)
         epoch = step * args.batch_size // facts["count"]
-        history.append(training_step(model, raw_model, ema, optimizer, encoder, batch, args, epoch))
+        history.append(training_step(model, ema, optimizer, encoder, batch, args, epoch))
 
         done, stop = step + 1, any_signal()
         log, numbered, resumable, draw = (every and done % every == 0 for every in (
             args.log_every, args.ckpt_every, args.state_every, args.sample_every))
         numbered = numbered or done == args.max_steps
         if log or numbered or resumable or draw or stop:
-            check_finite(done, torch.stack(history))  # waits for the GPU
+            check_finite(done, history)  # waits for the GPU
         if log:
-            images_per_s = len(history) * args.batch_size / (time.perf_counter() - clock)
-            line = log_line(done, torch.stack(history), names, images_per_s)
+            line = log_line(done, history, len(history) * args.batch_size / (time.perf_counter() - clock))
             if rank == 0:
                 with open(run_dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
-                progress.set_postfix({key: f"{line[key]:.3g}" for key in (*names, "images_per_s")})
+                progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
-            state = {"ema": ema.state_dict(), "step": done, "settings": settings}
+            checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
             if numbered:
-                save(run_dir / "checkpoints" / f"{done:07d}.pt", state)
-            state |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
-            save(run_dir / "state.pt", state)
+                save(run_dir / "checkpoints" / f"{done:07d}.pt", checkpoint)
+            checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
+            save(run_dir / "state.pt", checkpoint)
         if rank == 0 and draw:
             draw_grid(ema, vae, facts, args, run_dir / "samples" / f"{done:07d}.png")
         if log:

@@ -197,7 +197,7 @@ class Run:
         for _ in range(steps):
             stored = next(self.from_disk) if from_disk else self.kept
             batch = make_batch(stored, self.step, self.facts, self.args, self.local, self.device)
-            training_step(self.model, self.raw_model, self.ema, self.optimizer, self.encoder, batch,
+            training_step(self.model, self.ema, self.optimizer, self.encoder, batch,
                           self.args, epoch=0)
             any_signal()  # the processes meet here too in every step
             self.step += 1
@@ -210,7 +210,7 @@ class Run:
         t, y = torch.zeros(1, device=self.device), torch.zeros(1, device=self.device, dtype=torch.long)
         x = torch.zeros(1, *LATENT_SHAPE, device=self.device)
         images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device, dtype=torch.uint8)
-        batch = {"x": x, "noise": x, "t": t, "t_teacher": t, "in_interval": t, "y": y, "images": images}
+        batch = {"x": x, "noise": x, "t": t, "t_teacher": t, "interval_weight": t, "y": y, "images": images}
         times = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             for _ in range(repeats):

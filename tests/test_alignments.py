@@ -524,11 +524,12 @@ def test_training_starts_from_the_weights_of_a_file(capsys, trained, tmp_path, f
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--repa-depth", 7), "repa depth 7"), (("--sra-depth", 7, "--sra-teacher-depth", 8), "--sra-teacher-depth 8"),
+    (("--repa-depth", 7), "repa depth 7"), (("--sra-depth", 7, "--sra-teacher-depth", 8), "sra depth 7"),
+    (("--sra-depth", 2, "--sra-teacher-depth", 8), "--sra-teacher-depth 8"),
     (("--sra-depth", 4), "--sra-teacher-depth 4 is not above --sra-depth 4"), (("--sra-depth", 3, "--sra-teacher-depth", 2), "2"),
     (("--sra-depth", 2, "--sra-t-max", 1.5), "--sra-t-max"), (("--sra-weight", -1), "--sra-weight"), (("--repa-weight", "nan"), "--repa-weight"),
     (("--repa-depth", 2, "--model", "SiT-Ti/2"), "2x2 tokens"), (("--repa-depth", 2, "--repa-encoder", "dinov2_vitz14"), "dinov2_vitz14"),
-    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitb14"), "no weights"), (("--repa-depth", 2, "--repa-hub", "nowhere"), "nowhere")])
+    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitb14"), "dinov2_vitb14_pretrain.pth"), (("--repa-depth", 2, "--repa-hub", "nowhere"), "nowhere")])
 def test_bad_flags(capsys, data, hub, tmp_path, flags, says):
     common = ("--repa-encoder", "dinov2_vitt14", "--repa-hub", hub)
     assert says in refused(capsys, data, tmp_path / "run", *common, *flags)

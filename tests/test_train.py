@@ -125,7 +125,7 @@ def test_smooth_l1_is_continuous_at_beta():
 def vae_repa(model, batch, objective="smooth_l1", beta=0.05, patch_size=2):
     """training_losses of VAE-REPA alone."""
     args, ema = SimpleNamespace(vae_repa_loss=objective, vae_repa_beta=beta), SimpleNamespace(patch_size=patch_size)
-    return train.training_losses(model, {"in_interval": torch.ones(len(batch["x"])), **batch}, args, ema, None)
+    return train.training_losses(model, {"interval_weight": torch.ones(len(batch["x"])), **batch}, args, ema, None)
 
 
 class Recorder(torch.nn.Module):
@@ -156,7 +156,7 @@ def test_the_aligned_target_is_the_very_latent_that_made_x_t():
     torch.testing.assert_close(alignment, smooth_l1(x_error).mean((1, 2, 3)), rtol=1e-5, atol=0)
 
     weights = torch.arange(5.0)
-    weighed = vae_repa(model, {**batch, "in_interval": weights})
+    weighed = vae_repa(model, {**batch, "interval_weight": weights})
     assert torch.equal(weighed["vae_repa"], weights * alignment) and torch.equal(weighed["denoising"], denoising)
     (plain,) = vae_repa(Recorder(v_pred.bfloat16()), batch).values()
     assert torch.equal(plain, denoising)
@@ -213,7 +213,7 @@ def test_a_batch_is_what_its_definition_says(data):
         assert batch["y"].tolist() == [10 if u < 0.4 else labels[row] for row, u in zip(rows, u_drop.tolist())]
         torch.testing.assert_close(batch["t_teacher"], (t - 0.3 * u_teacher).clamp(min=0))
         inside = (0.2 <= t) & (t <= 0.6)
-        torch.testing.assert_close(batch["in_interval"], inside * 12 / inside.sum().clamp(min=1))
+        torch.testing.assert_close(batch["interval_weight"], inside * 12 / inside.sum().clamp(min=1))
 
 
 def test_distributions_of_a_step(tmp_path):
@@ -222,7 +222,7 @@ def test_distributions_of_a_step(tmp_path):
     moments = np.concatenate([np.zeros((12, 4, 1, 1)), np.ones((12, 4, 1, 1))], 1)
     data = write_set(tmp_path / "set", moments=moments, shift=0.0, scale=1.0)
     batch = batch_of(data, 5, batch_size=n, seed=3)
-    x, noise, t, y, inside, earlier = (batch[name] for name in ("x", "noise", "t", "y", "in_interval", "t_teacher"))
+    x, noise, t, y, inside, earlier = (batch[name] for name in ("x", "noise", "t", "y", "interval_weight", "t_teacher"))
     assert stats.kstest(t.numpy(), "uniform").pvalue > 0.01
     gap = (t - earlier)[t > 0.2] / 0.2
     assert stats.kstest(gap.numpy(), "uniform").pvalue > 0.01 and abs(np.corrcoef(t[t > 0.2], gap)[0, 1]) < 0.03
@@ -241,9 +241,9 @@ def test_alignment_averages_over_the_images_inside_the_interval(data):
         batch = batch_of(data, 0, batch_size=64, vae_repa_interval=[low, high])
         inside = (low <= batch["t"]) & (batch["t"] <= high)
         assert 0 < inside.sum() < 64
-        torch.testing.assert_close((batch["in_interval"] * losses).mean(), losses[inside].mean())
+        torch.testing.assert_close((batch["interval_weight"] * losses).mean(), losses[inside].mean())
     batch = batch_of(data, 0, batch_size=64, vae_repa_interval=[0.5, 0.5])
-    assert torch.equal(batch["in_interval"], torch.zeros(64))  # none inside: 0, not NaN
+    assert torch.equal(batch["interval_weight"], torch.zeros(64))  # none inside: 0, not NaN
     assert torch.equal(batch["t"], batch_of(data, 0, batch_size=64)["t"])  # t itself stays uniform
 
 
@@ -404,7 +404,7 @@ def test_log_lines_are_means_over_their_interval(capsys, data, tmp_path):
             assert line[key] == pytest.approx(np.mean([each[key] for each in every[3 * i : 3 * i + 3]]), rel=1e-4)
         assert line["grad_norm_max"] == pytest.approx(max(each["grad_norm"] for each in every[3 * i : 3 * i + 3]), rel=1e-4)
     for line in every + third:
-        assert list(line) == ["step", "denoising", "vae_repa", "grad_norm", "grad_norm_max", "images_per_s"]
+        assert list(line) == ["step", "denoising", "vae_repa", "grad_norm", "grad_norm_max", "images_per_s", "memory_gib"]
         assert 0 < line["images_per_s"] < 1e5
 
 
