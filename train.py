@@ -172,12 +172,12 @@ def check_finite(done, history):
 
 def log_line(done, history, images_per_s):
     """A line of log.jsonl: means over the steps in history and the processes."""
-    means = torch.stack([torch.stack(list(scalars.values())) for scalars in history]).mean(dim=0)
+    rows = torch.stack([torch.stack(list(scalars.values())) for scalars in history])  # (steps, scalars)
+    means = rows.mean(dim=0)
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
-    largest = max(scalars["grad_norm"].item() for scalars in history)  # shows spikes
-    return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": largest,
+    return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": rows[:, -1].max().item(),
             "images_per_s": images_per_s, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
@@ -288,8 +288,8 @@ def comparable(settings):
 
 
 def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA; state to resume, REPA's encoder,
-    VAE for grids: each or None).
+    """Every check, before the GPU is touched: (latents, settings, model, EMA; each or None: the saved state,
+    REPA's encoder, the VAE for grids).
     """
     run_dir, encoder, vae = Path(args.run_dir), None, None
     latents = Latents(args.data, with_images=args.repa_depth > 0)
@@ -311,7 +311,7 @@ def prepare(args):
     path, state = run_dir / "settings.json", None
     try:
         if path.exists():
-            before = comparable({**settings, **read_json(path)})  # some flags may be new
+            before = comparable({**vars(args), **read_json(path)})  # flags may be new
             check_same_settings(run_dir, before, comparable(settings))
         path = run_dir / "state.pt"
         if path.exists():
@@ -369,7 +369,7 @@ def main():
     steps = range(start, args.max_steps)
     rows = (step_rows(facts, args, step)[local] for step in steps)
     progress = tqdm(steps, "training", args.max_steps, initial=start, disable=rank > 0)
-    history, done, clock = [], start, time.perf_counter()  # history: since the last line of the log
+    history, done, clock = [], start, time.perf_counter()  # history: since the last log line
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
         batch = make_batch(stored, step, facts, args, local, device)
         epoch = step * args.batch_size // facts["count"]

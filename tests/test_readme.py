@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, process
+from conftest import ROOT, TINY, cli, process
 
 README = (ROOT / "README.md").read_text()
 
@@ -20,8 +20,9 @@ def test_links_point_at_the_definitions():
 
 
 @pytest.mark.parametrize("script", ["extract_latents", "train", "sample"])
-def test_flags_of_readme_exist(script):
-    text = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True, check=True).stdout
+def test_flags_of_readme_exist(capsys, script):
+    status, text, _ = cli(capsys, script, "--help")
+    assert status == 0
     commands = re.findall(rf"{script}\.py((?: \\\n|[^\n`])*)", README)
     shown = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
     if script == "train":  # the tables show flags alone
@@ -30,8 +31,8 @@ def test_flags_of_readme_exist(script):
 
 
 def test_an_alignment_of_ones_own(latents, tmp_path):
-    """The edits of "Add your own" in a copy of the repo: it trains, logs, resumes and samples with the new term."""
-    repo, run = tmp_path / "repo", tmp_path / "run"
+    """The edits of "Add your own" in a copy of the repo: it trains, logs and samples with the new term."""
+    repo = tmp_path / "repo"
     repo.mkdir()
     for script in ROOT.glob("*.py"):
         shutil.copy(script, repo)
@@ -46,18 +47,14 @@ def test_an_alignment_of_ones_own(latents, tmp_path):
             assert text.count(before) == 1, before
             text = text.replace(before, after)
         (repo / file).write_text(text)
-    flags = (*TINY, "--data", latents, "--run-dir", run, "--early-v-depth", 3, "--lr", 1e-3)
-    for steps in (2, 6):
-        process(repo / "train", *flags, "--max-steps", steps)
+    process(repo / "train", *TINY, "--data", latents, "--early-v-depth", 3, "--lr", 1e-3, "--max-steps", 6, cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("SiT-Ti-4_") and "_early-v-depth-3" in run.name and "early-v-weight" not in run.name
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert list(lines[0])[1:4] == ["denoising", "vae_repa", "early_v"]
+    assert list(lines[0])[1:4] == ["denoising", "vae_repa", "early_v"] and len(lines) == 6
     assert lines[0]["early_v"] == pytest.approx(lines[0]["denoising"], rel=1e-5)  # both predict 0 at first
-    assert lines[5]["early_v"] != lines[0]["early_v"]
-    default = subprocess.run([sys.executable, "-c", "import sys, train; print(train.parse_args().run_dir)", "--early-v-depth", "3"],
-                             cwd=repo, capture_output=True, text=True, check=True).stdout
-    assert default.strip() == "runs/SiT-XL-2_vae-repa-depth-8_early-v-depth-3"
-    process(repo / "sample", "--ckpt", run / "checkpoints" / "0000006.pt", "--num-steps", 2, "--out", tmp_path / "a.png")
+    assert lines[5]["early_v"] != lines[5]["denoising"]
+    process(repo / "sample", "--ckpt", run / "checkpoints" / "0000006.pt", "--num-steps", 2, "--per-class", 1)
 
 
 def test_the_top_level_holds_what_was_promised():

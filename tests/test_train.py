@@ -596,14 +596,6 @@ def test_accumulation_equals_the_whole_batch(capsys, alone, data, tmp_path):
     assert_close_run(alone, tmp_path / "run")
 
 
-def test_two_processes_resume_to_the_bit(pair, data, tmp_path):
-    command = (*SHARED, "--data", data, "--micro-batch", 2)
-    run = cut_short(command, tmp_path / "run", 3, processes=2)
-    process("train", *command, "--run-dir", run, "--max-steps", STEPS, processes=2)
-    assert_same_run(pair, run)
-    assert log(run)[0]["step"] == 4
-
-
 def test_a_killed_run_resumes_to_the_bit(alone, data, tmp_path):
     run = tmp_path / "run"
     command = [*map(str, SHARED), "--data", str(data), "--run-dir", str(run)]
@@ -751,6 +743,29 @@ def test_settings_that_disagree_with_the_run_directory(capsys, alone, data, chan
     message = complaint(capsys, *SHARED, "--data", data, "--run-dir", alone, "--max-steps", STEPS + 1, *change)
     assert change[0][2:].replace("-", "_") in message and str(change[-1]) in message and str(alone) in message
     assert {path: path.read_bytes() for path in alone.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_from_before_a_flag_was_added(capsys, alone, data, tmp_path):
+    """A fork's new flag does not stop an older run from resuming."""
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    settings = json.loads((run / "settings.json").read_text())
+    del settings["sra_t_max"]
+    (run / "settings.json").write_text(json.dumps(settings))
+    fit(capsys, data, run, *SHARED, "--max-steps", STEPS + 1)
+    assert [line["step"] for line in log(run)] == list(range(1, STEPS + 2))
+
+
+def test_no_guidance_without_a_null_class(capsys, monkeypatch, latents, tmp_path):
+    """--label-dropout 0 never trains the null class: grids are not guided, and sample.py refuses to."""
+    scales, draw = [], train.sample_images
+    monkeypatch.setattr(train, "sample_images", lambda *args, **options: scales.append(options["cfg_scale"]) or draw(*args, **options))
+    for dropout in (0, 0.1):
+        run = tmp_path / str(dropout)
+        fit(capsys, latents, run, "--max-steps", 1, "--sample-every", 1, "--label-dropout", dropout)
+        status, _, stderr = cli(capsys, "sample", "--ckpt", run / "state.pt", "--cfg-scale", 2, "--num-steps", 2, "--per-class", 1)
+        assert (status, "--label-dropout 0" in stderr) == ((0, False) if dropout else (2, True)), stderr
+    assert scales == [1.0, 4.0]
 
 
 def test_other_latents_than_the_run_began_with(capsys, alone, tmp_path):
