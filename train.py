@@ -88,7 +88,7 @@ def loss_weight(name, args, epoch):
 
 
 def training_step(model, ema, optimizer, encoder, batch, args, epoch):
-    """One optimizer step on this process's images; model may be in DDP.
+    """One optimizer step on this process's images; model may be wrapped in DDP.
 
     Returns scalars by name: the means of their losses before weighting, and "grad_norm" over all processes.
     """
