@@ -6,13 +6,20 @@ from statistics import median
 import pytest
 import torch
 from benchmark import KINDS, METHODS, PAPER, count_macs, external_parameters, load_encoder, settings_of
-from conftest import ROOT, cli, process
+from conftest import ROOT, cli
 
 from models import HEADS, build_model
 
 DEMO_VAE = ROOT / "tests" / "demo_vae"
 SMALL = ("--device", "cpu", "--model", "SiT-Ti/2", "--micro-batch", 2, "--steps", 1, "--repeats", 2,
          "--repa-encoder", "dinov2_vitt14")
+
+
+def measure(capsys, *args):
+    """What the benchmark prints."""
+    status, stdout, stderr = cli(capsys, "benchmark", *args)
+    assert status == 0, stderr
+    return stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -34,8 +41,8 @@ def test_gflops_and_parameters_are_the_papers(method):
     assert head == 5_311_872 if method == "SRA" else int(head / 1e6) == head_m
 
 
-def test_train_mode(tmp_path):
-    run = process("tests/benchmark", "train", *SMALL, "--json", tmp_path / "b.json", cwd=tmp_path)
+def test_train_mode(capsys, tmp_path):
+    stdout = measure(capsys, "train", *SMALL, "--json", tmp_path / "b.json")
     figures = json.loads((tmp_path / "b.json").read_text())
     plain, aligned = figures["plain"], figures["VAE-REPA"]
     assert figures["REPA"]["external_parameters_m"] > 0 == aligned["external_parameters_m"] < figures["SRA"]["external_parameters_m"]
@@ -53,19 +60,19 @@ def test_train_mode(tmp_path):
     assert aligned["cost_over_plain"] == pytest.approx(
         sum(a / b - 1 for a, b in zip(aligned["step_ms"], plain["step_ms"])) / 2)
     assert figures["made_with"]["model"] == "SiT-Ti/2" and figures["made_with"]["torch"] == torch.__version__
-    assert f"{aligned['images_per_s']:.1f}" in run.stdout and "utilisation" in run.stdout
+    assert f"{aligned['images_per_s']:.1f}" in stdout and "utilisation" in stdout
 
 
-def test_profile_mode(tmp_path):
-    process("tests/benchmark", "profile", *SMALL, "--json", tmp_path / "b.json", cwd=tmp_path)
+def test_profile_mode(capsys, tmp_path):
+    measure(capsys, "profile", *SMALL, "--json", tmp_path / "b.json")
     spent = json.loads((tmp_path / "b.json").read_text())["ms_per_step"]
     assert {"matrix products", "attention", "optimizer", "EMA"} <= set(spent) <= {kind for kind, _ in KINDS} | {"element-wise and the rest"}
     assert max(spent, key=spent.get) in ("matrix products", "attention", "element-wise and the rest")
 
 
-def test_sample_mode(tmp_path):
-    run = process("tests/benchmark", "sample", "--device", "cpu", "--model", "SiT-Ti/2", "--vae", DEMO_VAE, "--batch-size", 2,
-                  "--num-steps", 4, "--repeats", 3, "--json", tmp_path / "b.json", cwd=tmp_path)
+def test_sample_mode(capsys, tmp_path):
+    stdout = measure(capsys, "sample", "--device", "cpu", "--model", "SiT-Ti/2", "--vae", DEMO_VAE, "--batch-size", 2,
+                  "--num-steps", 4, "--repeats", 3, "--json", tmp_path / "b.json")
     f = json.loads((tmp_path / "b.json").read_text())
     for name in ("plain", "ours"):
         assert len(f[name]["sampler_s"]) == 3
@@ -81,12 +88,12 @@ def test_sample_mode(tmp_path):
     # t = 1, 0.68, 0.36, 0.04: one call without guidance and three with it, which have twice the images
     assert f["guided_call_ms"] > 1.2 * f["unguided_call_ms"]
     assert median(f["ours"]["sampler_s"]) > 0.4e-3 * (f["unguided_call_ms"] + 3 * f["guided_call_ms"])
-    assert f["made_with"]["precision"] == "bf16" and f"{f['speedup']:.2f} times as fast" in run.stdout
+    assert f["made_with"]["precision"] == "bf16" and f"{f['speedup']:.2f} times as fast" in stdout
 
 
-def test_extract_mode(tmp_path):
-    run = process("tests/benchmark", "extract", "--device", "cpu", "--vae", DEMO_VAE, "--image-size", 64, "--count", 30,
-                  "--num-workers", 0, "--repeats", 3, "--json", tmp_path / "b.json", cwd=tmp_path)
+def test_extract_mode(capsys, tmp_path):
+    stdout = measure(capsys, "extract", "--device", "cpu", "--vae", DEMO_VAE, "--image-size", 64, "--count", 30,
+                  "--num-workers", 0, "--repeats", 3, "--json", tmp_path / "b.json")
     f = json.loads((tmp_path / "b.json").read_text())
     for name in ("loader", "encoder", "whole"):
         assert len(f[f"{name}_s"]) == 3 and f[f"{name}_images_per_s"] == pytest.approx(30 / median(f[f"{name}_s"]))
@@ -99,12 +106,12 @@ def test_extract_mode(tmp_path):
     assert 100 < f["resident_mib_at_quarter"] and abs(f["resident_mib_at_end"] - f["resident_mib_at_quarter"]) < 100
     assert 60 < f["jpeg_kib"] < 160  # ImageNet's mean is about 110
     assert f["peak_gpu_gib"] is None and f["made_with"]["precision"] == "fp32"
-    assert f"{f['whole_images_per_s']:.1f}" in run.stdout
+    assert f"{f['whole_images_per_s']:.1f}" in stdout
 
 
-def test_fid_mode(tmp_path):
-    run = process("tests/benchmark", "fid", "--device", "cpu", "--count", 10, "--batch-size", 4, "--image-size", 64,
-                  "--pr-count", 500, "--json", tmp_path / "b.json", cwd=tmp_path)
+def test_fid_mode(capsys, tmp_path):
+    stdout = measure(capsys, "fid", "--device", "cpu", "--count", 10, "--batch-size", 4, "--image-size", 64,
+                  "--pr-count", 500, "--json", tmp_path / "b.json")
     f = json.loads((tmp_path / "b.json").read_text())
     seconds = f["seconds"]
     for name in ("reading", "network"):
@@ -120,7 +127,7 @@ def test_fid_mode(tmp_path):
     assert metrics["FID"] > 0 and metrics["sFID"] > 0 and 1 <= metrics["IS"] < 10
     assert 0 < metrics["Precision"] <= 1 and 0 < metrics["Recall"] <= 1
     assert 100 < f["peak_resident_mib_extract"] <= f["peak_resident_mib"]
-    assert f"{f['minutes_50k_and_10k_extrapolated']:.1f}, extrapolated" in run.stdout
+    assert f"{f['minutes_50k_and_10k_extrapolated']:.1f}, extrapolated" in stdout
 
 
 def test_what_a_mode_cannot_do(capsys):

@@ -554,15 +554,12 @@ def kill_midway(args, progress, rows):
 
 
 def test_killed_it_continues(capsys, many_images, vae, tmp_path, one_thread):
-    """Killed three times, the set counts as unfinished; then no row is encoded twice, and the bytes are those of an
+    """Killed, the set counts as unfinished; then no row is encoded twice, and the bytes are those of an
     undisturbed run. Continued with another batch size and two processes, the numbers are."""
     root, out = shutil.copytree(many_images, tmp_path / "images"), tmp_path / "out"
     extract(capsys, root, vae, tmp_path / "whole", batch_size=1)
-    undisturbed, done, args = contents(tmp_path / "whole"), np.zeros(400, bool), flags(root, vae, out, batch_size=1)
-    for rows in (40, 110, 180):
-        before = done
-        done = kill_midway(args, out / "moments.npy.progress", max(rows, done.sum() + 30))
-        assert (done >= before).all()
+    undisturbed, args = contents(tmp_path / "whole"), flags(root, vae, out, batch_size=1)
+    done = kill_midway(args, out / "moments.npy.progress", 40)
     assert not (out / "latents.json").exists() and not (out / "moments.npy").exists()
     assert "unfinished" in refused_by_train(capsys, out, tmp_path)
     assert "image_size is 32 there and 16 here" in refused(capsys, root, vae, out, image_size=16)
