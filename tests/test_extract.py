@@ -530,9 +530,9 @@ def test_file_name_that_is_not_utf8(capsys, images, vae, tmp_path):
 
 @pytest.fixture(scope="module")
 def many_images(tmp_path_factory):
-    """2 classes of 200 different images."""
+    """2 classes of 100 different images."""
     root = tmp_path_factory.mktemp("many")
-    for i in range(400):
+    for i in range(200):
         (root / f"class{i % 2}").mkdir(exist_ok=True)
         noise_image(8, 8, seed=i).save(root / f"class{i % 2}" / f"{i:03d}.png")
     return root

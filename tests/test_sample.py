@@ -646,7 +646,7 @@ def test_published_checkpoints(capsys, small, vae, tmp_path, form):
     assert "0 to 6" in refused(capsys, "--ckpt", ckpt, "--vae", vae, "--classes", 7)
 
 
-@pytest.mark.parametrize("name, latent", [("SiT-B/8", 32), ("SiT-Ti/1", 8)])
+@pytest.mark.parametrize("name, latent", [("SiT-S/2", 32), ("SiT-Ti/1", 8)])
 def test_published_size_is_read_off_the_shapes(name, latent, tmp_path):
     torch.save(FORMS["repa"](lively(name, num_classes=1000, latent=latent).state_dict()), tmp_path / "published.pt")
     loaded, settings = load_model(tmp_path / "published.pt")
