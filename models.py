@@ -1,4 +1,4 @@
-"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; and REPA's image encoder.
+"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; REPA's encoder; the VAE.
 
 Parameter names are SiT's and REPA's, so that their published weights load. Shapes in comments: B images,
 N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
@@ -316,6 +316,63 @@ def load_encoder(name, hub, image_size):
         return Encoder(network, image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
         raise ValueError(f"cannot load encoder {name} from {hub or 'torch.hub'}: {error}") from error
+
+
+def load_vae(name):
+    """A diffusers autoencoder in float32: a folder, or on the hub "owner/name" or "owner/name/subfolder".
+
+    Raises ValueError.
+    """
+    try:
+        import diffusers  # slow to import, and not needed for training
+        import huggingface_hub
+
+        diffusers.utils.logging.set_verbosity_error()
+        folder = Path(name)
+        if not folder.exists():
+            repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
+            files = ("config.json", "diffusion_pytorch_model.safetensors")
+            files = ["/".join([*inside, file]) for file in files]
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files), *inside)
+        config = diffusers.AutoencoderKL.load_config(folder)
+        vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+        vae.encode, vae.decode
+    except Exception as error:  # hub, config and weight errors have no common class
+        unreached = type(error).__name__ == "LocalEntryNotFoundError"
+        why = "there is no such folder, and the hub was not reached" if unreached else error
+        raise ValueError(f"cannot load the VAE {name!r}: {why}") from error
+    return vae.float().eval().requires_grad_(False)
+
+
+def latent_normalization(config):
+    """(shift, scale) of a diffusers VAE's config, floats or one per channel: x = (z - shift) * scale."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    shift, scale = config.get("shift_factor"), config.get("scaling_factor")
+    if std and not shift and scale in (None, 1, 0.18215):
+        return list(mean or [0.0]), [1 / value for value in std]
+    # 0.18215 is Stable Diffusion's, and diffusers writes it into every config that names no other
+    if std or mean or scale is None or scale == 0.18215 and config.get("latent_channels") != 4:
+        raise ValueError("its config.json must give either latents_mean and latents_std or a scaling_factor")
+    return shift or 0.0, scale
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """uint8 images (B, 3, S, S) -> raw moments (B, 2C, H, W): mean, then std, 0 if there is no posterior."""
+    out = vae.encode(images.float() / 127.5 - 1)
+    if hasattr(out, "latent_dist"):
+        return torch.cat([out.latent_dist.mean, out.latent_dist.std], dim=1)
+    latent = out.latent if hasattr(out, "latent") else out.latents
+    return torch.cat([latent, torch.zeros_like(latent)], dim=1)
+
+
+@torch.no_grad()
+def decode(vae, x, shift, scale):
+    """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded."""
+    shift, scale = (torch.tensor(value, device=x.device).view(-1, 1, 1) for value in (shift, scale))
+    z = x.float() / scale + shift
+    images = torch.cat([vae.decode(part).sample.float() for part in z.split(16)])  # in parts: it takes memory
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def to_bf16(model):

@@ -9,8 +9,7 @@ batch size or the number of processes (to rounding). If interrupted, run the sam
 
 import argparse
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +19,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from extract_latents import (MALFORMED, Parser, ResumableArray, atomic_write, barrier, clean_up, decode, fail,
-                             first_line, fraction, init_distributed, is_complete, load_vae, nonnegative_int,
-                             positive_int, rename, rng, run, write_json)
-from models import HEADS, SIZES, build_model, to_bf16
+from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, fail,
+                             first_line, fraction, init_distributed, nonnegative_int, positive_int, rng, run,
+                             write_json)
+from models import HEADS, SIZES, build_model, decode, load_vae, to_bf16
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
@@ -56,15 +55,11 @@ def sample_sde(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0
 
 
 @torch.no_grad()
-def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), heun=False):
-    """Euler's method, or Heun's, for dx = v dt: num_steps equal steps from 1 to 0; else as `sample_sde`."""
+def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0)):
+    """Euler's method for dx = v dt: num_steps equal steps from 1 to 0; else as `sample_sde`."""
     x = z
     for t, t_next in pairwise(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()):
-        dt = t_next - t
-        v = guided_velocity(model, x, t, y, cfg_scale, guidance_interval)
-        if heun:  # the second slope is at t_next, and so is the test of the guidance interval
-            v = (v + guided_velocity(model, x + v * dt, t_next, y, cfg_scale, guidance_interval)) / 2
-        x = x + v * dt
+        x = x + guided_velocity(model, x, t, y, cfg_scale, guidance_interval) * (t_next - t)
     return x
 
 
@@ -90,7 +85,7 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
         if mode == "sde":
             x = sample_sde(model, z, y, generators=generators, **options)
         else:
-            x = sample_ode(model, z, y, heun=mode == "heun", **options)
+            x = sample_ode(model, z, y, **options)
     return decode(vae, x, facts["shift"], facts["scale"])
 
 
@@ -123,7 +118,7 @@ def load_model(path, device="cpu"):
         with torch.device("meta"):  # spends no time on initial weights
             model = build_model(settings)
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
-    except MALFORMED as error:
+    except Exception as error:  # weights and settings can be wrong in many ways
         fail(f"{path} does not fit a SiT of train.py, REPA or SRA: {first_line(error)}")
     return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step")}
 
@@ -142,7 +137,7 @@ def published_settings(weights):
 def parse_args():
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
-    add = parser.group("what to draw")
+    add = parser.add_argument_group("what to draw").add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint, whose EMA weights are used")
     add("--classes", type=int, nargs="+", help="classes (default: up to 10, evenly spaced)")
     add("--per-class", type=positive_int, default=8, help="images of each")
@@ -150,15 +145,15 @@ def parse_args():
     add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
     add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
     add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")
-    add("--out", help="FILE.png: a grid; FILE.npz: for fid.py or ADM's evaluator (arr_0, uint8, NHWC); else "
-                      "a folder of PNGs (default: in the run's samples/)")
-    add = parser.group("sampler")
-    add("--mode", choices=["sde", "ode", "heun"], default="sde", help="SDE, or ODE by Euler or Heun")
+    add("--out", help="FILE.png: a grid; FILE.npz: for fid.py or ADM's evaluator (arr_0, uint8, NHWC); "
+                      "default: beside the checkpoint")
+    add = parser.add_argument_group("sampler").add_argument
+    add("--mode", choices=["sde", "ode"], default="sde", help="which equation to solve, by Euler's method")
     add("--num-steps", type=positive_int, default=250, help="sampler steps")
     add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     add("--guidance-interval", type=fraction, nargs=2, default=[0, 1], metavar=("LO", "HI"),
         help="guide where LO <= t <= HI")
-    add = parser.group("computing")
+    add = parser.add_argument_group("computing").add_argument
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="with --num-samples")
@@ -167,38 +162,11 @@ def parse_args():
         fail("--classes cannot be given with --num-samples, nor --class-balanced without it")
     if not 1 <= args.cfg_scale < math.inf:
         fail(f"--cfg-scale {args.cfg_scale} must be finite and at least 1, which is none")
+    if args.out and not args.out.endswith((".png", ".npz")):
+        fail(f"--out {args.out} must end in .png, for a grid, or in .npz")
     if args.guidance_interval[0] > args.guidance_interval[1]:
         fail(f"--guidance-interval {args.guidance_interval} must have LO <= HI")
     return args
-
-
-def default_out(args):
-    """A name that tells the settings, in samples/ of the run."""
-    folder = Path(args.ckpt).resolve().parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    low, high = args.guidance_interval
-    guidance = f"-cfg{args.cfg_scale:g}-{low:g}-{high:g}" if args.cfg_scale > 1 else ""
-    what = f"{args.num_samples}.npz" if args.num_samples else "grid.png"
-    name = f"{Path(args.ckpt).stem}-{args.mode}{args.num_steps}{guidance}-seed{args.seed}-{what}"
-    return folder / "samples" / name
-
-
-def write_images(images, out, per_class):
-    """Write uint8 images (N, S, S, 3) as what the name of `out` asks for."""
-    if out.suffix == ".npz":
-        with atomic_write(out) as file:
-            np.savez(file, arr_0=images)
-    elif out.suffix == ".png":
-        save_grid(images, per_class, out)
-    else:
-        temporary = Path(f"{out}.tmp")
-        temporary.mkdir(exist_ok=True)
-        names = [temporary / f"{i:06d}.png" for i in range(len(images))]
-        with ThreadPoolExecutor(8) as threads:
-            writing = threads.map(lambda image, name: Image.fromarray(image).save(name), images, names)
-            list(tqdm(writing, "writing PNGs", len(images)))
-        os.sync()
-        rename(temporary, out)
 
 
 def main():
@@ -218,40 +186,49 @@ def main():
         y = np.repeat(args.classes, args.per_class).tolist()
 
     args.vae = args.vae or facts["vae"]
-    out = Path(args.out or default_out(args))
+    out = Path(args.out or Path(args.ckpt).with_suffix(".npz" if args.num_samples else ".png"))
     record = Path(f"{out}.json")
     settings = {**vars(args), "ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"]}
     for key in ("out", "batch_size", "compile"):  # they change no image
         del settings[key]
-    if is_complete(out, record, settings):
+    if already_complete(out, record, settings):
         return
 
-    vae = load_vae(args.vae)
-    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
+    try:
+        vae = load_vae(args.vae)
+    except ValueError as error:
+        fail(first_line(error))
+    rank, world_size, device = init_distributed(timedelta(days=2))
     model, vae = model.to(device), vae.to(device)
     try:
         x = torch.zeros(1, *facts["latent_shape"], device=device)
         side = decode(vae, x, facts["shift"], facts["scale"]).shape[1]
-    except MALFORMED as error:
+    except Exception as error:  # any autoencoder of diffusers
         fail(f"the VAE {args.vae!r} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
-    images = ResumableArray(out, (len(y), side, side, 3), "uint8", settings, rank)
+    shapes = {"images": ((len(y), side, side, 3), "uint8")}
+    arrays = ResumableArrays(out, settings, len(y), shapes, rank)
     if args.precision == "bf16":
         to_bf16(model)
     if args.compile and args.num_samples:
         for layer in (*model.blocks, model.final_layer):
             layer.compile(dynamic=False)
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
-    batches = images.batches(args.batch_size, rank, world_size)
+    batches = arrays.batches(args.batch_size, rank, world_size)
     for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
         labels = [y[i] for i in rows]
-        drawn = sample_images(model, vae, facts, rows, labels, args.seed, args.precision, **options)
-        images.write(rows, drawn.cpu().numpy())
+        images = sample_images(model, vae, facts, rows, labels, args.seed, args.precision, **options)
+        arrays.write(rows, images=images.cpu())
 
     barrier()
     if rank == 0:
         write_json(record, settings)  # first, so that a file at `out` always has its record
-        write_images(np.load(images.partial, mmap_mode="r"), out, args.per_class)
-        clean_up(out)
+        images = arrays.arrays["images"]
+        if out.suffix == ".npz":
+            with atomic_write(out) as file:
+                np.savez(file, arr_0=images)
+        else:
+            save_grid(images, args.per_class, out)
+        shutil.rmtree(arrays.folder)
         print(out)
 
 

@@ -28,11 +28,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from extract_latents import (MALFORMED, Latents, Parser, atomic_write, barrier, check_same_settings, fail,
-                             first_line, fraction, init_distributed, load_vae, lock, nonnegative_float,
-                             nonnegative_int, positive_float, positive_int, read_ahead, read_json, rng, run,
-                             write_json)
-from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, patchify
+from extract_latents import (Latents, Parser, atomic_write, barrier, check_same_settings, fail, first_line,
+                             fraction, init_distributed, lock, nonnegative_float, nonnegative_int,
+                             positive_int, read_ahead, rng, run, write_json)
+from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, load_vae, patchify
 from sample import load_checkpoint, load_model, sample_images, save_grid
 
 
@@ -116,15 +115,11 @@ def update_ema(ema, model, decay):
 
 
 def step_rows(facts, args, step):
-    """Rows (batch_size,) of a step's global batch, cut from an endless series of shuffled epochs.
-
-    In a set with mirror images, half of the rows are mirrored: row + count.
-    """
+    """Rows (batch_size,) of a step's global batch, cut from an endless series of shuffled epochs."""
     count, positions = facts["count"], np.arange(step * args.batch_size, (step + 1) * args.batch_size)
     epochs, places = np.divmod(positions, count)
     rows = [epoch_order(count, args.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-    mirrored = np.random.default_rng([args.seed, 3, step]).integers(2, size=args.batch_size)
-    return np.concatenate(rows) + count * mirrored * facts["flip"]
+    return np.concatenate(rows)
 
 
 @functools.lru_cache(maxsize=4)
@@ -209,40 +204,40 @@ def any_signal():
 def parse_args():
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
-    add = parser.group("model and data")
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
     add("--init-from", metavar="FILE", help="checkpoint with EMA weights to start from")
-    add = parser.group("VAE-REPA")
+    add = parser.add_argument_group("VAE-REPA").add_argument
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
     add("--vae-repa-loss", choices=["smooth_l1", "l1", "l2", "cosine"], default="smooth_l1", help="Table 1")
-    add("--vae-repa-beta", type=positive_float, default=0.05, help="beta of smooth_l1, Eq. 7")
+    add("--vae-repa-beta", type=nonnegative_float, default=0.05, help="beta of smooth_l1, Eq. 7")
     add("--vae-repa-layers", type=positive_int, default=5, help="of the head, at least 2")
     add("--vae-repa-interval", type=fraction, nargs=2, default=[0, 1], metavar=("LO", "HI"),
         help="align where LO <= t <= HI")
-    add = parser.group("REPA")
+    add = parser.add_argument_group("REPA").add_argument
     add("--repa-depth", type=nonnegative_int, default=0, help="block to align (REPA: 8); 0 is off")
     add("--repa-weight", type=nonnegative_float, default=0.5, help="lambda")
     add("--repa-encoder", default="dinov2_vitb14", help="name in torch.hub's facebookresearch/dinov2")
     add("--repa-hub", metavar="DIR", help="clone of it with REPA_ENCODER_pretrain.pth inside")
-    add = parser.group("SRA")
+    add = parser.add_argument_group("SRA").add_argument
     add("--sra-depth", type=nonnegative_int, default=0, help="block to align (SRA: XL 8, L 6, B 3); 0 is off")
     add("--sra-weight", type=nonnegative_float, default=0.2, help="lambda until epoch 149, then falling")
     add("--sra-teacher-depth", type=positive_int, help="the EMA model's block (default: XL 20, L 16, B 8)")
     add("--sra-t-max", type=fraction, default=0.2, help="the teacher's t is smaller by up to this")
-    add = parser.group("optimization")
+    add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive_int, default=256, help="images per step over all processes")
     add("--micro-batch", type=positive_int, help="images per forward and process (default: all)")
     add("--max-steps", type=positive_int, default=400_000, help="optimizer steps")
-    add("--lr", type=positive_float, default=1e-4, help="AdamW's constant learning rate")
-    add("--grad-clip", type=positive_float, default=1.0, help="largest gradient norm; inf is none")
+    add("--lr", type=nonnegative_float, default=1e-4, help="AdamW's constant learning rate")
+    add("--grad-clip", type=nonnegative_float, default=1.0, help="largest gradient norm; inf is none")
     add("--ema-decay", type=fraction, default=0.9999, help="of the weights that sample")
     add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
-    add = parser.group("output")
+    add = parser.add_argument_group("output").add_argument
     add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=positive_int, default=50_000, help="steps between numbered checkpoints")
@@ -281,12 +276,6 @@ def default_run_dir(args, parser):
     return "runs/" + "_".join(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)
 
 
-def comparable(settings):
-    """What a resume may not change."""
-    settings = {**settings, **settings["data"], "data": None}
-    return {key: value for key, value in settings.items() if key not in FREE}
-
-
 def prepare(args):
     """Every check, before the GPU is touched: (latents, settings, model, EMA; each or None: the saved state,
     REPA's encoder, the VAE for grids).
@@ -294,6 +283,7 @@ def prepare(args):
     run_dir, encoder, vae = Path(args.run_dir), None, None
     latents = Latents(args.data, with_images=args.repa_depth > 0)
     settings = {**vars(args), "data": latents.facts}
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         if args.repa_depth:
             encoder = load_encoder(args.repa_encoder, args.repa_hub, latents.facts["image_size"])
@@ -306,13 +296,15 @@ def prepare(args):
         if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
+        if first and 0 < args.sample_every <= args.max_steps:
+            vae = load_vae(latents.facts["vae"])
     except ValueError as error:
         fail(first_line(error))
+    flat = {**settings, **latents.facts, "data": args.data}
     path, state = run_dir / "settings.json", None
+    if path.exists():
+        check_same_settings(path, {key: flat[key] for key in flat if key not in (*FREE, "data")})
     try:
-        if path.exists():
-            before = comparable({**vars(args), **read_json(path)})  # flags may be new
-            check_same_settings(run_dir, before, comparable(settings))
         path = run_dir / "state.pt"
         if path.exists():
             state = load_checkpoint(path)
@@ -328,12 +320,11 @@ def prepare(args):
         if state:
             ema.load_state_dict(state["ema"])
             state = {"step": int(state["step"]), "opt": state["opt"]}
-    except MALFORMED as error:
+    except Exception as error:  # a file of another form can be wrong in many ways
         fail(f"{path} does not fit {args.model} and these latents: {first_line(error)}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        vae = load_vae(latents.facts["vae"]) if 0 < args.sample_every <= args.max_steps else None
+    if first:
         lock(run_dir / "lock", run_dir)
-        write_json(run_dir / "settings.json", settings)
+        write_json(run_dir / "settings.json", flat)
     return latents, settings, model, ema, state, encoder, vae
 
 

@@ -7,13 +7,13 @@
     python tests/benchmark.py sample                                     # sample.py's loop beside a plain float32 one
     python tests/benchmark.py extract                                    # extract_latents.py: its loader, its encoder, both
     python tests/benchmark.py fid                                        # fid.py: reading, the network, every metric
-    python tests/benchmark.py sample --device cpu --model SiT-Ti/2 --vae tests/demo_vae          # small, anywhere
-    python tests/benchmark.py extract --device cpu --vae tests/demo_vae --image-size 64          # small, anywhere
+    python tests/benchmark.py sample --device cpu --model SiT-Ti/2 --vae tests/data/vae          # small, anywhere
+    python tests/benchmark.py extract --device cpu --vae tests/data/vae --image-size 64          # small, anywhere
     python tests/benchmark.py fid --device cpu                                                   # small, anywhere
 
 Plain SiT, VAE-REPA, REPA and SRA take turns in one process, so that their ratios hold while the machine's speed drifts; figures
 are medians over the turns. All run train.py's own step on latents, and REPA on images, read from disk as it
-reads them. REPA's encoder is tests/hub's, of DINOv2's sizes with random weights; dinov2_vitl14, the paper's
+reads them. REPA's encoder is tests/data/dinov2's, of DINOv2's sizes with random weights; dinov2_vitl14, the paper's
 in this table, unless told otherwise.
 
 The last three call the scripts' own functions on one device, with random weights and random images, whose files the system still
@@ -128,7 +128,7 @@ def external_parameters(settings, encoder=None):
 
 def load_encoder(name):
     """REPA's encoder with random weights."""
-    hub = str(Path(__file__).resolve().parent / "hub")
+    hub = str(Path(__file__).resolve().parent / "data" / "dinov2")
     try:
         return Encoder(torch.hub.load(hub, name, source="local", pretrained=False), IMAGE_SIZE)
     except RuntimeError as error:

@@ -137,7 +137,7 @@ def vae(tmp_path_factory):
 def latents(tmp_path_factory, images, vae):
     """The images, encoded by extract_latents.py."""
     out = tmp_path_factory.mktemp("data") / "latents"
-    process("extract_latents", "--images", images, "--vae", vae, "--image-size", 32, "--out", out, "--num-workers", 0)
+    process("extract_latents", "--images", images, "--vae", vae, "--image-size", 32, "--out", out, "--num-workers", 1)
     return out
 
 

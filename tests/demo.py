@@ -27,8 +27,8 @@ def run(*command):
 
 def main():
     started, table, pictures = time.perf_counter(), [], []
-    run("tests/demo_images.py", RUNS / "images", "--count", 2000, "--size", 64)
-    run("extract_latents.py", "--images", RUNS / "images", "--out", RUNS / "latents", "--vae", "tests/demo_vae",
+    run("tests/data/draw_images.py", RUNS / "images", "--count", 2000, "--size", 64)
+    run("extract_latents.py", "--images", RUNS / "images", "--out", RUNS / "latents", "--vae", "tests/data/vae",
         "--image-size", 64, "--num-workers", 1)
     for method, depth in METHODS.items():
         folder = RUNS / f"depth-{depth}"
@@ -38,7 +38,7 @@ def main():
             "--sample-every", 900)
         run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png")
         run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz")
-        run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/demo_detector.pt", "--num-workers", 1,
+        run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/data/detector.pt2", "--num-workers", 1,
             "--json", folder / "500.json")
         loss = json.loads((ROOT / folder / "log.jsonl").read_text().splitlines()[-1])
         metrics = json.loads((ROOT / folder / "500.json").read_text())
@@ -47,7 +47,7 @@ def main():
 
     print("\nTraining loss of the last 100 steps, and the metrics of 500 samples without guidance (Frechet distance of its features\n"
           "and of its spatial features, as FID and sFID are, …) in the space of a small classifier of the demo's own ten classes\n"
-          "(tests/demo_detector.pt): not comparable with any FID on ImageNet.\n")
+          "(tests/data/detector.pt2): not comparable with any FID on ImageNet.\n")
     for row in [["", "denoising", "Frechet", "spatial", "IS", "precision", "recall"], *table]:
         print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
     print("", *pictures, f"{time.perf_counter() - started:.0f} s in all", sep="\n")

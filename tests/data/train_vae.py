@@ -1,6 +1,6 @@
-"""Train the demo's VAE again: 3x64x64 pixels to 4x8x8 latents, on the shapes of demo_images.py.
+"""Train the demo's VAE again: 3x64x64 pixels to 4x8x8 latents, on the shapes of draw_images.py.
 
-    python tests/train_demo_vae.py --out tests/demo_vae
+    python tests/data/train_vae.py --out tests/data/vae
 
 It trains on images of seed 1 and reports on images of seed 0, those the demo draws, which it never
 saw. It is a diffusers AutoencoderKL without attention, so any size divisible by 8 goes through.
@@ -10,7 +10,7 @@ The loss is that of a VAE whose decoder has Laplace noise of scale b (--kl-weigh
 
 a KL far stronger than Stable Diffusion's 1e-6, which keeps the latents near a unit Gaussian and
 the decoder calm under small errors in them, as a small latent diffusion model will make. About a
-quarter of an hour on two cores; the weights in tests/demo_vae reach 31.3 dB on the held-out images.
+quarter of an hour on two cores; the weights in tests/data/vae reach 31.3 dB on the held-out images.
 """
 import argparse
 import math
@@ -22,9 +22,9 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from demo_images import CLASSES, draw
+from draw_images import CLASSES, draw
 
-HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of demo_images.py
+HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64
 
 
@@ -85,7 +85,7 @@ def measure(vae, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the small VAE in tests/demo_vae.")
+    parser = argparse.ArgumentParser(description="Train the small VAE in tests/data/vae.")
     parser.add_argument("--out", type=Path, required=True, help="folder for config and weights")
     parser.add_argument("--steps", type=int, default=4500, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")

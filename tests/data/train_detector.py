@@ -1,16 +1,16 @@
-"""Train the demo's feature detector again: a small classifier of the shapes of demo_images.py, as TorchScript for fid.py.
+"""Train the demo's feature detector again, a classifier of the shapes of draw_images.py, for fid.py.
 
-    python tests/train_demo_classifier.py --out tests/demo_detector.pt
-    python fid.py SAMPLES.npz --ref IMAGES --detector tests/demo_detector.pt --image-size 64
+    python tests/data/train_detector.py --out tests/data/detector.pt2
+    python fid.py SAMPLES.npz --ref IMAGES --detector tests/data/detector.pt2 --image-size 64
 
-It trains on images of seed 1 and reports on images of seed 0, those the demo draws, which it never saw. The silhouette alone
-tells the class, so a second loss asks the same features for a 4x4 thumbnail of the image: a Frechet distance on them then sees
-wrong colours and places too. The thumbnail's head does not ship.
+It trains on images of seed 1 and reports on images of seed 0, those the demo draws, which it never saw. The
+silhouette alone tells the class, so a second loss asks the same features for a 4x4 thumbnail of the image: a
+Frechet distance on them then sees wrong colours and places too. The thumbnail's head does not ship.
+
+Run it with torch 2.6: each version loads the files of earlier ones, not those of later ones.
 """
 import argparse
-import io
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from demo_images import CLASSES, draw
+from draw_images import CLASSES, draw
 
-HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of demo_images.py
+HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64
 
 
@@ -31,7 +31,8 @@ class Detector(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 32, 48, 64, 96, 96)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=1 if a == b else 2, padding=1, bias=False) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=1 if a == b else 2, padding=1, bias=False)
+                                   for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.classify = nn.Linear(widths[-1], len(CLASSES))
 
@@ -42,7 +43,8 @@ class Detector(nn.Module):
             x = F.silu(norm(conv(x)))
             maps.append(x)
         features = x.mean((2, 3))  # (N, 96)
-        spatial = F.adaptive_avg_pool2d(maps[2][:, :7], 4).permute(0, 2, 3, 1).flatten(1)  # (N, 112), as sFID: 7 channels, NHWC
+        spatial = F.adaptive_avg_pool2d(maps[2][:, :7], 4)  # 7 channels as in sFID
+        spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (N, 112)
         return {"features": features, "spatial": spatial, "logits": self.classify(features)}
 
 
@@ -57,23 +59,26 @@ def draw_set(seed, count):
 
 @torch.no_grad()
 def accuracy(detector, images, labels):
-    right = sum((detector(x)["logits"].argmax(1) == y).sum().item() for x, y in zip(images.split(100), labels.split(100)))
+    batches = zip(images.split(100), labels.split(100))
+    right = sum((detector(x)["logits"].argmax(1) == y).sum().item() for x, y in batches)
     return right / len(images)
 
 
-def export(detector, example, path):
-    """Write the detector as TorchScript, without the debug records: they hold the paths of the machine it was traced on."""
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(detector, example, strict=False), buffer)  # not strict: it returns a dict
-    with zipfile.ZipFile(buffer) as traced, zipfile.ZipFile(path, "w") as shipped:
-        for name in traced.namelist():
-            if not name.endswith(".debug_pkl") and "/traced_inputs" not in name:
-                shipped.writestr(zipfile.ZipInfo(name), traced.read(name))
+def export(detector, path):
+    """Write the detector as a program of torch.export for any number of images of sides from 32."""
+    example = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)  # it ships too; n of one image would be fixed
+    n = torch.export.Dim("n", min=1, max=2**16)  # torch 2.6 asks for a maximum
+    height, width = (torch.export.Dim(name, min=32, max=2**16) for name in ("height", "width"))
+    shapes = ({0: n, 2: height, 3: width},)
+    program = torch.export.export(detector, (example,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:  # its other records hold the paths of the machine it was traced on
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    torch.export.save(program, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the small classifier in tests/demo_detector.pt.")
-    parser.add_argument("--out", type=Path, required=True, help="TorchScript file to write")
+    parser = argparse.ArgumentParser(description="Train the small classifier in tests/data/detector.pt2.")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .pt2")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--images", type=int, default=20000, help="training images drawn up front")
@@ -105,12 +110,14 @@ def main():
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            bar.set_postfix(class_loss=f"{class_loss.item():.3f}", thumbnail_loss=f"{thumbnail_loss.item():.4f}")
+            bar.set_postfix(class_loss=f"{class_loss.item():.3f}",
+                            thumbnail_loss=f"{thumbnail_loss.item():.4f}")
 
     detector.eval().requires_grad_(False)
-    export(detector, held_out[0][:2], args.out)
-    shipped = torch.jit.load(args.out)
-    print(f"{args.out}: held-out accuracy {accuracy(shipped, *held_out):.2%}, {args.out.stat().st_size:,} bytes")
+    export(detector, args.out)
+    shipped = torch.export.load(args.out).module()
+    right, size = accuracy(shipped, *held_out), args.out.stat().st_size
+    print(f"{args.out}: held-out accuracy {right:.2%}, {size:,} bytes")
 
 
 if __name__ == "__main__":

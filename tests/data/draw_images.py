@@ -1,6 +1,6 @@
 """Draw a small labelled image set: ten plain shapes, each class in its own folder.
 
-    python tests/demo_images.py OUT --count 2000 --size 64 --seed 0
+    python tests/data/draw_images.py OUT --count 2000 --size 64 --seed 0
 
 writes OUT/<class name>/<index>.png, the same number for every class. Position, size, rotation and
 colours vary; the silhouette alone tells the class. Image i of class c depends on (seed, c, i) only,
