@@ -64,7 +64,7 @@ def load_image(path, size=None):
 
 
 def load_batch(rows, files, size):
-    """(images (B, size, size, 3) of the files, uint8; a sentence for each file that is no image)."""
+    """(uint8 images (B, size, size, 3) of the files, a sentence for each file that is no image)."""
     images, errors = np.zeros((len(rows), size, size, 3), np.uint8), []
     for i, row in enumerate(rows):
         try:
@@ -78,7 +78,7 @@ def list_images(root):
     """(class names, file paths, label of each file), all in sorted order; hidden files are skipped."""
     classes = sorted(x.name for x in Path(root).glob("*") if x.is_dir() and not x.name.startswith("."))
     if not classes:
-        fail(f"--images {root} holds no class folders; put the images into one per class, or all into one")
+        fail(f"--images {root} holds no class folders; put the images into one per class, or one in all")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = [f"{folder}/{file}" for folder, _, names in os.walk(Path(root, name)) for file in names]
@@ -93,8 +93,8 @@ def list_images(root):
 class ResumableArrays:
     """Arrays that several processes fill in batches of rows; a command that was killed, run again, goes on.
 
-    They lie in the folder OUT.partial as NAME.npy, allocated in full. `done` is 1 for each row on disk, and
-    settings.json tells what the rows depend on. shapes: {name: (shape, dtype)}.
+    In the folder OUT.partial: NAME.npy, allocated in full; done.npy, 1 for each row that is on disk; and
+    settings.json, which the rows depend on. shapes: {name: (shape, dtype)}.
     """
 
     def __init__(self, out, settings, count, shapes, rank=0):
@@ -148,7 +148,7 @@ class Latents:
         if not (folder / "latents.json").exists():
             state = "unfinished" if Path(f"{folder}.partial").exists() else "no"
             fail(f"{state} latents at --data {folder}; run `python extract_latents.py --images FOLDER --out "
-                 f"{folder}`, or see all of it on drawn images with `python tests/demo.py`")
+                 f"{folder}`, or `python tests/demo.py`, the whole pipeline on drawn images")
         try:
             about = json.loads((folder / "latents.json").read_text())
             self.moments = np.load(folder / "moments.npy", mmap_mode="r")
@@ -190,10 +190,11 @@ class Latents:
 
 def read_rows(array, rows):
     """array[rows] of a memory-mapped array, by system calls: page faults would stop the other threads."""
-    size = array[0].nbytes
+    found = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb") as file:
-        found = [os.pread(file.fileno(), size, array.offset + int(row) * size) for row in rows]
-    return np.frombuffer(bytearray().join(found), array.dtype).reshape(len(rows), *array.shape[1:])
+        for place, row in zip(found, rows):
+            os.preadv(file.fileno(), [place], array.offset + int(row) * place.nbytes)
+    return found
 
 
 def parse_args():
@@ -323,12 +324,6 @@ def nonnegative_int(text):
     return int(text)
 
 
-def nonnegative_float(text):
-    if not float(text) >= 0:
-        raise ValueError
-    return float(text)
-
-
 def fraction(text):
     if not 0 <= float(text) <= 1:
         raise ValueError
@@ -336,13 +331,13 @@ def fraction(text):
 
 
 def rng(seed, index, device):
-    """A torch.Generator that depends on (seed, index) alone; no two indices of a seed share their numbers."""
-    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # neighbouring seeds lie far apart
+    """A torch.Generator of its own for each (seed, index)."""
+    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # far from the next seed's
     return torch.Generator(device).manual_seed((int(base) + index) % 2**63)
 
 
 def read_ahead(read, items, threads=1):
-    """read(item) for each item, in order, done by threads while the caller works on earlier items."""
+    """read(item) for each item, in order, by threads that work while the caller does."""
     with ThreadPoolExecutor(threads) as pool:
         coming = deque()
         for item in items:
@@ -365,14 +360,14 @@ def init_distributed(timeout=timedelta(minutes=15)):
     if "RANK" not in os.environ:
         return 0, 1, device
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store holds addresses from before a restart
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store remembers what was before
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, rank=rank,
                             world_size=world_size, store=dist.PrefixStore(f"start {restart}", store))
     return rank, world_size, device
 
 
 def barrier():
-    """Wait for all processes; on the CPU, where that may take days."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
 
@@ -384,7 +379,7 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file to write, which gets its name once the disk has all of it; else nothing of it stays."""
+    """A file to write, which gets its name once the disk has all of it."""
     part = Path(f"{path}.tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -400,7 +395,7 @@ def atomic_write(path):
 
 
 def lock(path, output):
-    """Refuse a second command on the same output. The lock ends with this process, however that ends."""
+    """Refuse a second command on the same output. The lock ends with this process."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR)  # never closed: that would end the lock
     try:

@@ -37,7 +37,7 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 ADM_INCEPTION = "ADM's Inception (2015-12-05)"
-STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names, of FID and sFID
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: of the features, of the spatial features
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -202,13 +202,13 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
-        x = (resize_bilinear(images.float()) - 128) / 128                       # (N, 3, 299, 299)
+        x = (resize_bilinear(images.float()) - 128) / 128  # (N, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))  # (N, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))       # (N, 768, 17, 17)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # ADM's mixed_6/conv is the 1x1 branch; NHWC
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))       # (N, 2048, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
         pool = x.mean((2, 3))
         return pool, spatial, F.linear(pool, self.fc.weight).softmax(1)  # ADM leaves the bias out
 
@@ -270,7 +270,7 @@ class Images:
                     with np.load(path) as archive:
                         self.stored = {name: archive[name] for name in archive if name != "arr_0"}
             if self.count < 4:
-                raise ValueError("the third nearest neighbour needs at least 4 of them")
+                raise ValueError("a third nearest neighbour takes 4")
         except Exception as error:  # file, zip, header, pickle and PIL errors have no common class
             fail(f"{path} cannot be read as images: {first_line(error)}")
 
@@ -340,7 +340,7 @@ def compute_features(network, images, keep, args, rank, world_size, device):
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
     first = run_network(network, images.read(range(1)), device)
     kept = {name: torch.zeros(len(keep), x.shape[1]) for name, x in first.items() if name != "spatial"}
-    sums = {name: x[0].to(where).double() * 0 for name, x in first.items() if name in STATISTICS}
+    sums = {name: x[0].to(where).double() * 0 for name, x in first.items() if name != "probabilities"}
     products = {name: total.outer(total) for name, total in sums.items()}
     starts = range(0, images.count, args.batch_size)[rank::world_size]
     batches = [range(i, min(i + args.batch_size, images.count)) for i in starts]
@@ -357,17 +357,17 @@ def compute_features(network, images, keep, args, rank, world_size, device):
 
     found = {name: sum_to_rank0(x) for name, x in kept.items()}  # each row is 0 on all processes but one
     for name, total in sums.items():
-        mu, sigma = STATISTICS[name]
+        mu, sigma = STATISTICS[:2] if name == "features" else STATISTICS[2:]
         found[mu] = sum_to_rank0(total) / images.count
         squares = sum_to_rank0(products[name]) - images.count * np.outer(found[mu], found[mu])
         found[sigma] = squares / (images.count - 1)
     if rank == 0 and not all(np.isfinite(x).all() for x in found.values()):
-        fail(f"the features of {images.path} are not finite, which would make every metric meaningless")
+        fail(f"the features of {images.path} are not finite")
     return found
 
 
 def sum_to_rank0(x):
-    """The sum of a tensor over the processes, in numpy; only right on the first."""
+    """The sum over the processes, as numpy, right on the first."""
     x = x.cpu()
     if dist.is_initialized():
         dist.reduce(x, 0)
@@ -379,7 +379,7 @@ def use_stored(found, images, space):
     stored = images.stored
     if str(stored.get("feature_space", space)) != space:
         fail(f"{images.path} holds statistics of {stored['feature_space']}, not of {space}")
-    for name in ("mu", "sigma", "mu_s", "sigma_s") if "mu" in stored else ():
+    for name in STATISTICS if "mu" in stored else ():
         computed = found.pop(name, None)
         if name in stored:
             found[name] = value = stored[name]
@@ -387,24 +387,10 @@ def use_stored(found, images, space):
                 fail(f"{images.path} holds {name} of another network, or not finite")
 
 
-def write_reference(path, images, found, space):
-    """Write ADM's reference format: the drawn images as arr_0, one at a time, and the statistics of all."""
-    rows, names = images.drawn(), [name for pair in STATISTICS.values() for name in pair if name in found]
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *images.size, 3)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for row in tqdm(rows, f"writing {path}", unit="image"):
-                member.write(images.read([row]).tobytes())
-        for name, array in [*((name, found[name]) for name in names), ("feature_space", space)]:
-            with archive.open(f"{name}.npy", "w") as member:
-                np.save(member, array)
-
-
 def report(args, samples, reference, found, found_ref, space, device):
-    """Compute the metrics that the features allow, print them, write them to --json."""
+    """Print the metrics that the features allow, and write them to --json."""
     metrics = {}
-    for metric, (mu, sigma) in zip(("FID", "sFID"), STATISTICS.values()):
+    for metric, (mu, sigma) in {"FID": STATISTICS[:2], "sFID": STATISTICS[2:]}.items():
         if sigma in found and sigma in found_ref:
             metrics[metric] = frechet_distance(found[mu], found[sigma], found_ref[mu], found_ref[sigma])
     if "probabilities" in found:
@@ -418,9 +404,8 @@ def report(args, samples, reference, found, found_ref, space, device):
     print(f"features: {space}{', not ImageNet FID' if args.detector else ''}")
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
-    enough = features.shape[1] + 1 if args.detector else 50_000  # else the covariance is singular
-    if samples.count < enough:
-        print(f"fid.py: warning: fewer than {enough:,} samples, which raises FID", file=sys.stderr)
+    if samples.count < 50_000:
+        print("fid.py: warning: papers use 50,000 samples; fewer raise FID", file=sys.stderr)
     if args.json:
         about = {"samples": str(samples.path.resolve()), "count": samples.count, "feature_space": space,
                  "reference": str(reference.path.resolve()), "torch": torch.__version__}
@@ -442,8 +427,8 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.ref) == bool(args.save_stats) or args.save_stats and not args.save_stats.endswith(".npz"):
         fail("give either --ref, to compare, or --save-stats FILE.npz, to make a reference")
-    if args.weights and args.detector or args.json and args.save_stats:
-        fail("--weights and --detector exclude each other, and so do --json and --save-stats; give one")
+    if args.weights and args.detector:
+        fail("--weights and --detector exclude each other; give one")
     return args
 
 
@@ -464,7 +449,9 @@ def main():
         if args.ref:
             use_stored(found[images], images, space)
     if rank == 0 and args.save_stats:
-        write_reference(args.save_stats, samples, found[samples], space)
+        statistics = {name: x for name, x in found[samples].items() if name in STATISTICS}
+        with atomic_write(args.save_stats) as file:  # in ADM's format
+            np.savez(file, arr_0=samples.read(samples.drawn()), feature_space=space, **statistics)
         print(f"{args.save_stats}: {len(samples.drawn()):,} images, statistics of {samples.count:,}, {space}")
     elif rank == 0:
         report(args, samples, sets[0], found[samples], found[sets[0]], space, device)

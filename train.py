@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from extract_latents import (Latents, Parser, atomic_write, barrier, check_same_settings, fail, first_line,
-                             fraction, init_distributed, lock, nonnegative_float, nonnegative_int,
-                             positive_int, read_ahead, rng, run, write_json)
+                             fraction, init_distributed, lock, nonnegative_int, positive_int, read_ahead,
+                             rng, run, write_json)
 from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, load_vae, patchify
 from sample import load_checkpoint, load_model, sample_images, save_grid
 
@@ -42,10 +42,7 @@ def interpolate(x, noise, t):
 
 
 def alignment_loss(prediction, target, objective="smooth_l1", beta=0.05):
-    """Distance of a head's prediction from its target, tokens (B, N, dim) both -> (B,). Eq. 7, Table 1.
-
-    Eq. 7 as printed jumps at |delta| = beta; torch's smooth-L1, which is continuous there, is what is meant.
-    """
+    """Distance of a head's prediction from its target, tokens (B, N, dim) both -> (B,). Eq. 7, Table 1."""
     prediction, target = prediction.float(), target.float()
     if objective == "cosine":  # of each token's vector
         return -F.cosine_similarity(prediction, target, dim=-1).mean(dim=1)
@@ -59,7 +56,7 @@ def alignment_loss(prediction, target, objective="smooth_l1", beta=0.05):
 def training_losses(model, batch, args, ema, encoder):
     """Each image's terms of Eq. 8 before weighting, in float32: {"denoising" and each head's name: (B,)}.
 
-    batch: see `make_batch`; ema: the averaged model, SRA's teacher; encoder: REPA's, or None.
+    batch: see `make_batch`; ema: the averaged model, SRA's teacher; encoder: REPA's.
     """
     x, noise, t, y = batch["x"], batch["noise"], batch["t"], batch["y"]
     x_t, v = interpolate(x, noise, t)
@@ -130,8 +127,8 @@ def epoch_order(count, seed, epoch):
 def make_batch(stored, step, facts, args, local, device):
     """What `training_losses` needs of b images, the slice `local` of the global batch: {name: (b, …)}.
 
-    stored: from `Latents.read`. Random numbers are drawn for the whole batch and, as its rows, depend on
-    (seed, step) alone: neither a resume nor the number of processes changes them.
+    stored: from `Latents.read`. Random numbers are drawn for the whole batch and depend on (seed, step)
+    alone: neither a resume nor the number of processes changes them.
     """
     pin = device.type == "cuda"  # so that copies do not wait for the GPU
     mean, std, y, *images = ((x.pin_memory() if pin else x).to(device, non_blocking=True) for x in stored)
@@ -161,8 +158,7 @@ def check_finite(done, history):
     bad = (~torch.stack([scalars["grad_norm"] for scalars in history]).isfinite()).nonzero()
     if len(bad):
         step = done - len(history) + 1 + int(bad[0])
-        fail(f"the loss or its gradient is not finite at step {step}; no checkpoint contains it: is --lr too "
-             "high, are the latents finite?")
+        fail(f"the loss or its gradient is not finite at step {step}: is --lr too high, a latent not finite?")
 
 
 def log_line(done, history, images_per_s):
@@ -199,6 +195,12 @@ def any_signal():
     if dist.is_initialized():
         dist.all_reduce(noted, dist.ReduceOp.MAX)
     return bool(noted)
+
+
+def nonnegative_float(text):
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
 
 
 def parse_args():
@@ -277,8 +279,8 @@ def default_run_dir(args, parser):
 
 
 def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA; each or None: the saved state,
-    REPA's encoder, the VAE for grids).
+    """Every check, before the GPU is touched: (latents, settings, model, EMA, and each or None: the saved
+    state, REPA's encoder, the VAE for grids).
     """
     run_dir, encoder, vae = Path(args.run_dir), None, None
     latents = Latents(args.data, with_images=args.repa_depth > 0)
@@ -346,7 +348,7 @@ def main():
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
-            fail(f"processes resume from steps {starts}: all machines must see the same --run-dir")
+            fail(f"processes resume from steps {starts}: all must see the same --run-dir")
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # the position table never changes
     if rank == 0:
