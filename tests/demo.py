@@ -2,8 +2,9 @@
 
     python tests/demo.py
 
-draws images, encodes them, trains plain SiT and SiT + VAE-REPA with the same seed, samples from both and measures the samples.
-Everything goes to runs/demo. It only calls the scripts that a user would call, and prints each command first.
+draws images, encodes them, trains plain SiT and SiT + VAE-REPA with the same seed, samples from both and
+measures the samples. Everything goes to runs/demo. It only calls the scripts that a user would call, and prints
+each command first.
 """
 
 import json
@@ -33,21 +34,23 @@ def main():
     for method, depth in METHODS.items():
         folder = RUNS / f"depth-{depth}"
         checkpoint = folder / "checkpoints" / f"{STEPS:07d}.pt"
-        run("train.py", "--data", RUNS / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", "--vae-repa-depth", depth,
-            "--max-steps", STEPS, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99, "--log-every", 100,
-            "--sample-every", 900)
-        run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png")
-        run("sample.py", "--ckpt", checkpoint, "--mode", "ode", "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz")
-        run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/data/detector.pt2", "--num-workers", 1,
-            "--json", folder / "500.json")
+        run("train.py", "--data", RUNS / "latents", "--run-dir", folder, "--model", "SiT-Ti/2",
+            "--vae-repa-depth", depth, "--max-steps", STEPS, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99,
+            "--log-every", 100, "--sample-every", 900)
+        ode = ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
+        run(*ode, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png")
+        run(*ode, "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz")
+        run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/data/detector.pt2",
+            "--num-workers", 1, "--json", folder / "500.json")
         loss = json.loads((ROOT / folder / "log.jsonl").read_text().splitlines()[-1])
         metrics = json.loads((ROOT / folder / "500.json").read_text())
-        table.append([method, f"{loss['denoising']:.4f}", *(f"{metrics[key]:.3f}" for key in ("FID", "sFID", "IS", "Precision", "Recall"))])
+        cells = (metrics[key] for key in ("FID", "sFID", "IS", "Precision", "Recall"))
+        table.append([method, f"{loss['denoising']:.4f}", *(f"{cell:.3f}" for cell in cells)])
         pictures.append(f"{method}: {folder / 'grid.png'} (a row per class), while training: {folder / 'samples'}")
 
-    print("\nTraining loss of the last 100 steps, and the metrics of 500 samples without guidance (Frechet distance of its features\n"
-          "and of its spatial features, as FID and sFID are, …) in the space of a small classifier of the demo's own ten classes\n"
-          "(tests/data/detector.pt2): not comparable with any FID on ImageNet.\n")
+    print("\nTraining loss of the last 100 steps, and the metrics of 500 samples without guidance (Frechet distance of\n"
+          "its features and of its spatial features, as FID and sFID are, …) in the space of a small classifier of\n"
+          "the demo's own ten classes (tests/data/detector.pt2): not comparable with any FID on ImageNet.\n")
     for row in [["", "denoising", "Frechet", "spatial", "IS", "precision", "recall"], *table]:
         print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
     print("", *pictures, f"{time.perf_counter() - started:.0f} s in all", sep="\n")
