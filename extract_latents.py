@@ -82,7 +82,7 @@ def list_images(root):
     files, labels = [], []
     for label, name in enumerate(classes):
         found = [f"{folder}/{file}" for folder, _, names in os.walk(Path(root, name)) for file in names]
-        found = sorted(file for file in found if "/." not in os.path.relpath(file, root))
+        found = sorted(file for file in found if "/." not in file.removeprefix(str(Path(root))))
         if not found:
             fail(f"class folder {Path(root, name)} holds no images; remove it or fill it")
         files += found

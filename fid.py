@@ -404,7 +404,7 @@ def report(args, samples, reference, found, found_ref, space, device):
     print(f"features: {space}{', not ImageNet FID' if args.detector else ''}")
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
-    if samples.count < 50_000:
+    if samples.count < 50_000 and not args.detector:
         print("fid.py: warning: papers use 50,000 samples; fewer raise FID", file=sys.stderr)
     if args.json:
         about = {"samples": str(samples.path.resolve()), "count": samples.count, "feature_space": space,
