@@ -99,27 +99,21 @@ def save_grid(images, columns, path):
 
 def load_checkpoint(path):
     """A checkpoint's contents on the CPU, read from disk when used; no code in the file is run."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("it holds something else")
-    except Exception as error:  # file, zip, pickle and header errors have no common class
-        fail(f"{path} cannot be read as a checkpoint: {first_line(error)}")
-    return checkpoint
+    with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_model(path, device="cpu"):
     """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint.get("ema", checkpoint)
     try:
+        checkpoint = load_checkpoint(path)
+        weights = checkpoint.get("ema", checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
         with torch.device("meta"):  # spends no time on initial weights
             model = build_model(settings)
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
-    except Exception as error:  # weights and settings can be wrong in many ways
-        fail(f"{path} does not fit a SiT of train.py, REPA or SRA: {first_line(error)}")
+    except Exception as error:  # files, weights and settings can be wrong in many ways
+        fail(f"{path} is no checkpoint of train.py, REPA or SRA: {first_line(error)}")
     return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step")}
 
 

@@ -50,8 +50,8 @@ def main():
 
     print("\nTraining loss of the last 100 steps, and the metrics of 500 samples without guidance (Frechet\n"
           "distance of its features and of its spatial features, as FID and sFID are, …) in the space of a\n"
-          "small classifier of the demo's own ten classes (tests/data/detector.pt2): not comparable with any\n"
-          "FID on ImageNet.\n")
+          "small classifier of its own ten classes (tests/data/detector.pt2): not comparable with any FID\n"
+          "on ImageNet.\n")
     for row in [["", "denoising", "Frechet", "spatial", "IS", "precision", "recall"], *table]:
         print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
     print("", *pictures, f"{time.perf_counter() - started:.0f} s in all", sep="\n")
