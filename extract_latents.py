@@ -221,20 +221,16 @@ def main():
     if already_complete(out, out / "latents.json", settings):
         return
 
-    try:
-        vae = load_vae(args.vae)
-        shift, scale = latent_normalization(vae.config)
-    except ValueError as error:
-        fail(f"--vae {args.vae}: {first_line(error)}")
     rank, world_size, device = init_distributed(timedelta(days=2))
-    vae.to(device)
     try:
+        vae = load_vae(args.vae).to(device)
+        shift, scale = latent_normalization(vae.config)
         moments = encode(vae, torch.zeros(1, 3, size, size, device=device))
         side = decode(vae, moments.chunk(2, dim=1)[0], shift, scale).shape[1]
         if side != size:
             raise ValueError(f"it gives back {side} pixels; take a multiple of what a latent pixel covers")
-    except Exception as error:  # any autoencoder of diffusers
-        fail(f"--vae {args.vae} cannot encode images of --image-size {size}: {first_line(error)}")
+    except Exception as error:  # hub, config, weights, sizes: there are many
+        fail(f"--vae {args.vae} cannot be used with --image-size {size}: {first_line(error)}")
     shapes = {"moments": ((count, *moments.shape[1:]), "float16")}
     if args.store_images:
         shapes["images"] = (count, size, size, 3), "uint8"

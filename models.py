@@ -319,28 +319,22 @@ def load_encoder(name, hub, image_size):
 
 
 def load_vae(name):
-    """A diffusers autoencoder in float32: a folder, or on the hub "owner/name" or "owner/name/subfolder".
+    """A diffusers autoencoder in float32: a folder, or on the hub "owner/name" or "owner/name/subfolder"."""
+    import diffusers  # slow to import, and not needed for training
+    import huggingface_hub
 
-    Raises ValueError.
-    """
-    try:
-        import diffusers  # slow to import, and not needed for training
-        import huggingface_hub
-
-        diffusers.utils.logging.set_verbosity_error()
-        folder = Path(name)
-        if not folder.exists():
-            repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
-            files = ("config.json", "diffusion_pytorch_model.safetensors")
-            files = ["/".join([*inside, file]) for file in files]
+    diffusers.utils.logging.set_verbosity_error()
+    folder = Path(name)
+    if not folder.exists():
+        repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
+        files = ("config.json", "diffusion_pytorch_model.safetensors")
+        files = ["/".join([*inside, file]) for file in files]
+        try:
             folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files), *inside)
-        config = diffusers.AutoencoderKL.load_config(folder)
-        vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
-        vae.encode, vae.decode
-    except Exception as error:  # hub, config and weight errors have no common class
-        unreached = type(error).__name__ == "LocalEntryNotFoundError"
-        why = "there is no such folder, and the hub was not reached" if unreached else error
-        raise ValueError(f"cannot load the VAE {name!r}: {why}") from error
+        except huggingface_hub.utils.LocalEntryNotFoundError:
+            raise ValueError("there is no such folder, and the hub was not reached") from None
+    config = diffusers.AutoencoderKL.load_config(folder)
+    vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
     return vae.float().eval().requires_grad_(False)
 
 

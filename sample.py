@@ -188,17 +188,14 @@ def main():
     if already_complete(out, record, settings):
         return
 
-    try:
-        vae = load_vae(args.vae)
-    except ValueError as error:
-        fail(first_line(error))
     rank, world_size, device = init_distributed(timedelta(days=2))
-    model, vae = model.to(device), vae.to(device)
     try:
+        vae = load_vae(args.vae).to(device)
         x = torch.zeros(1, *facts["latent_shape"], device=device)
         side = decode(vae, x, facts["shift"], facts["scale"]).shape[1]
-    except Exception as error:  # any autoencoder of diffusers
-        fail(f"the VAE {args.vae!r} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
+    except Exception as error:  # hub, config, weights, sizes: there are many
+        fail(f"the VAE {args.vae} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
+    model = model.to(device)
     shapes = {"images": ((len(y), side, side, 3), "uint8")}
     arrays = ResumableArrays(out, settings, len(y), shapes, rank)
     if args.precision == "bf16":

@@ -298,8 +298,6 @@ def prepare(args):
         if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
-        if first and 0 < args.sample_every <= args.max_steps:
-            vae = load_vae(latents.facts["vae"])
     except ValueError as error:
         fail(first_line(error))
     flat = {**settings, **latents.facts, "data": args.data}
@@ -322,6 +320,9 @@ def prepare(args):
         if state:
             ema.load_state_dict(state["ema"])
             state = {"step": int(state["step"]), "opt": state["opt"]}
+        if first and 0 < args.sample_every <= args.max_steps:
+            path = latents.facts["vae"]
+            vae = load_vae(path)
     except Exception as error:  # a file of another form can be wrong in many ways
         fail(f"{path} does not fit {args.model} and these latents: {first_line(error)}")
     if first:
