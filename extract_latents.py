@@ -158,14 +158,14 @@ class Latents:
             keys = ("vae", "shift", "scale", "num_classes", "files_sha256")
             self.facts = {**{key: about.get(key) for key in keys}, "count": count,
                           "latent_shape": [channels // 2, side, side]}
-            arrays = [(self.moments, (np.float16, np.float32), (count, channels // 2 * 2, side, side)),
-                      (self.labels, (np.int64,), (count,))]
+            arrays = [("moments", self.moments, (np.float16, np.float32), (count, channels // 2 * 2, side, side)),
+                      ("labels", self.labels, (np.int64,), (count,))]
             if with_images:
                 self.facts["image_size"] = size = self.images.shape[1]
-                arrays.append((self.images, (np.uint8,), (count, size, size, 3)))
-            for array, dtypes, shape in arrays:
+                arrays.append(("images", self.images, (np.uint8,), (count, size, size, 3)))
+            for name, array, dtypes, shape in arrays:
                 if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-                    raise ValueError(f"{array.dtype} {array.shape} in the place of {shape}, in C order")
+                    raise ValueError(f"{name}.npy holds {array.dtype} {array.shape}, not {shape} in C order")
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
             self.shift, self.scale = (np.array(about[key], np.float32).reshape(-1, 1, 1)
