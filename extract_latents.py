@@ -158,7 +158,8 @@ class Latents:
             keys = ("vae", "shift", "scale", "num_classes", "files_sha256")
             self.facts = {**{key: about.get(key) for key in keys}, "count": count,
                           "latent_shape": [channels // 2, side, side]}
-            arrays = [("moments", self.moments, (np.float16, np.float32), (count, channels // 2 * 2, side, side)),
+            shape = (count, channels // 2 * 2, side, side)
+            arrays = [("moments", self.moments, (np.float16, np.float32), shape),
                       ("labels", self.labels, (np.int64,), (count,))]
             if with_images:
                 self.facts["image_size"] = size = self.images.shape[1]

@@ -17,7 +17,7 @@ import models
 import train
 from models import HEADS, SiT_models, decode, load_vae
 
-CUDA = torch.cuda.is_available()
+CUDA, DINOV2 = torch.cuda.is_available(), ROOT / "tests" / "data" / "dinov2"
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 METHODS = {"vae_repa": ("--vae-repa-depth", 2),
            "repa": ("--repa-depth", 3, "--repa-encoder", "dinov2_vitt14"),
@@ -26,14 +26,14 @@ METHODS = {"vae_repa": ("--vae-repa-depth", 2),
 
 def tiny_encoder():
     torch.manual_seed(0)
-    return torch.hub.load(str(ROOT / "tests" / "data" / "dinov2"), "dinov2_vitt14", source="local", pretrained=False)
+    return torch.hub.load(str(DINOV2), "dinov2_vitt14", source="local", pretrained=False)
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A local clone with the weights of its tiny encoder."""
     folder = tmp_path_factory.mktemp("hub") / "dinov2"
-    shutil.copytree(ROOT / "tests" / "data" / "dinov2", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(DINOV2, folder, ignore=shutil.ignore_patterns("__pycache__"))
     torch.save(tiny_encoder().state_dict(), folder / "dinov2_vitt14_pretrain.pth")
     return folder
 
