@@ -166,7 +166,7 @@ class Latents:
                 arrays.append(("images", self.images, (np.uint8,), (count, size, size, 3)))
             for name, array, dtypes, shape in arrays:
                 if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-                    raise ValueError(f"{name}.npy holds {array.dtype} {array.shape}, not {shape} in C order")
+                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {shape} in C order")
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
             self.shift, self.scale = (np.array(about[key], np.float32).reshape(-1, 1, 1)
@@ -174,7 +174,7 @@ class Latents:
             np.broadcast_to(self.shift + self.scale, (channels // 2, 1, 1))  # one value, or one per channel
             if not np.isfinite(self.shift + self.scale).all() or self.scale.min() <= 0:
                 raise ValueError("shift must be finite, and scale above 0")
-        except Exception as error:  # files, JSON and arrays can be wrong in many ways
+        except Exception as error:  # files and JSON can be wrong in many ways
             fail(f"the latents at {folder} are damaged ({type(error).__name__}: {first_line(error)}); "
                  "extract them again, for REPA with --store-images")
 

@@ -225,8 +225,7 @@ def load_network(args, device):
         network = InceptionV3()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # network, file, pickle and shape errors have no common class
-        fail(f"{path} cannot be loaded: {first_line(error)} (Inception's weights are at {WEIGHTS_URL}; "
-             "--weights takes a copy)")
+        fail(f"{path} cannot be loaded: {first_line(error)} (see --weights, and {WEIGHTS_URL})")
     digest = sha256(path)
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
     return network.to(device).eval().requires_grad_(False), space
