@@ -64,7 +64,7 @@ def load_image(path, size=None):
 
 
 def load_batch(rows, files, size):
-    """(uint8 images (B, size, size, 3) of the files, a sentence for each file that is no image)."""
+    """(images of files[rows], uint8 (B, size, size, 3); what is wrong with those that cannot be read)."""
     images, errors = np.zeros((len(rows), size, size, 3), np.uint8), []
     for i, row in enumerate(rows):
         try:
@@ -94,7 +94,7 @@ class ResumableArrays:
     """Arrays that several processes fill in batches of rows; a command that was killed, run again, goes on.
 
     In the folder OUT.partial: NAME.npy, allocated in full; done.npy, 1 for each row that is on disk; and
-    settings.json, which the rows depend on. shapes: {name: (shape, dtype)}.
+    settings.json, what decides the rows. shapes: {name: (shape, dtype)}.
     """
 
     def __init__(self, out, settings, count, shapes, rank=0):
@@ -113,30 +113,34 @@ class ResumableArrays:
                 write_json(record, settings)  # last: the arrays are ready
         barrier()
         try:
-            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in shapes}
+            list(map(self.load, shapes))
         except Exception as error:  # what a power cut leaves
-            fail(f"{self.folder} is damaged ({first_line(error)}); remove it and run the same command again")
+            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it and run "
+                 "the same command again")
+
+    def load(self, name):
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def batches(self, batch_size, rank=0, world_size=1):
-        """This process's share of the batches to do: ranges of rows, with bounds that never change."""
-        done = self.arrays["done"].copy()
+        """This process's share of the batches to do: ranges of rows, cut at multiples of batch_size."""
+        done = self.load("done").copy()
         barrier()  # all have read it before any writes
         starts = [i for i in range(0, len(done), batch_size) if not done[i : i + batch_size].all()]
         return [range(i, min(i + batch_size, len(done))) for i in starts[rank::world_size]]
 
     def write(self, rows, **values):
-        """Put a batch of rows on disk. A full disk would kill a process that writes to the memory map."""
-        for name, rest in {**values, "done": np.ones(len(rows))}.items():
-            array = self.arrays[name]
+        """Write a batch and mark it done; not through a memory map, where a full disk kills the process."""
+        for name, value in {**values, "done": np.ones(len(rows))}.items():
+            array = self.load(name)
             with open(array.filename, "r+b") as file:
                 file.seek(array.offset + rows.start * array[:1].nbytes)
-                file.write(np.ascontiguousarray(rest, array.dtype))
+                file.write(np.ascontiguousarray(value, array.dtype))
                 file.flush()
                 os.fsync(file.fileno())
 
 
 class Latents:
-    """Reads such a folder; latents.json needs at least {"vae": name, "shift": float or list, "scale": float
+    """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list, "scale": float
     or list, "num_classes": int}.
 
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
@@ -175,7 +179,7 @@ class Latents:
             if not np.isfinite(self.shift + self.scale).all() or self.scale.min() <= 0:
                 raise ValueError("shift must be finite, and scale above 0")
         except Exception as error:  # files and JSON can be wrong in many ways
-            fail(f"the latents at {folder} are damaged ({type(error).__name__}: {first_line(error)}); "
+            fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
                  "extract them again, for REPA with --store-images")
 
     def read(self, rows):
@@ -190,11 +194,12 @@ class Latents:
 
 
 def read_rows(array, rows):
-    """array[rows] of a memory-mapped array, by system calls: page faults would stop the other threads."""
+    """array[rows] of a memory-mapped array, by system calls: a page fault would hold the other threads up."""
     found = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb") as file:
-        for place, row in zip(found, rows):
-            os.preadv(file.fileno(), [place], array.offset + int(row) * place.nbytes)
+        for buffer, row in zip(found, rows):
+            if os.preadv(file.fileno(), [buffer], array.offset + int(row) * buffer.nbytes) < buffer.nbytes:
+                raise OSError(errno.EIO, "ends too early", array.filename)
     return found
 
 
@@ -240,27 +245,29 @@ def main():
     batches = arrays.batches(args.batch_size, rank, world_size)
     loaded = read_ahead(functools.partial(load_batch, files=files, size=size), batches, args.num_workers)
     progress = tqdm(batches, f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
+    everyones = [[]] * world_size
     for rows, (images, errors) in zip(progress, loaded):
+        everyones[rank] = everyones[rank] + errors
         if not errors:
             values = {"images": images} if args.store_images else {}
             images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
             arrays.write(rows, moments=encode(vae, images).cpu(), **values)
-    barrier()
+    if world_size > 1:
+        dist.all_gather_object(everyones, everyones[rank])
+    if bad := sum(everyones, []):
+        fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
+             f"command again, or remove them and {arrays.folder})")
     if rank > 0:
         return
 
-    batches = arrays.batches(args.batch_size)
-    if bad := sum((load_batch(rows, files, size)[1] for rows in batches), []):
-        fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
-             f"command again, or remove them and {arrays.folder})")
     with atomic_write(arrays.folder / "labels.npy") as file:
         np.save(file, np.array(labels, np.int64))
     write_json(arrays.folder / "latents.json", {
         **settings, "images": str(Path(args.images).resolve()), "shift": shift, "scale": scale,
         "num_classes": len(classes), "class_names": classes})
-    for name in ("done.npy", "settings.json", "lock"):
-        (arrays.folder / name).unlink()
     os.replace(arrays.folder, out)
+    for name in ("done.npy", "settings.json", "lock"):
+        (out / name).unlink()
     print(f"{out}: {count} images of {len(classes)} classes, latents {list(moments.shape[1:])}")
 
 
@@ -289,7 +296,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except OSError as error:
-        fail(f"{error.filename or 'disk'}: {error.strerror or error}")
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 

@@ -50,7 +50,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0))
     trace_of_root = np.sqrt(np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
-    return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
+    return max(0.0, np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
 
 
 def inception_score(probabilities, split_size=5000):
@@ -81,13 +81,14 @@ def precision_recall(reference, samples, k=3, block=2000):
         distances = squared_distances(rows, samples)
         precise |= (distances <= radii[:, None]).any(0)
         covered.append((distances <= sample_radii).any(1))
-    return precise.double().mean().item(), torch.cat(covered).double().mean().item()
+    return precise.sum().item() / len(samples), torch.cat(covered).sum().item() / len(reference)
 
 
 def squared_radii(x, k, block):
     """Squared distance (N,) of every point of x (N, D) to its k-th nearest other point."""
     blocks = tqdm(x.split(block), "neighbours", leave=False, delay=5)
-    return torch.cat([squared_distances(rows, x).kthvalue(k + 1).values for rows in blocks])  # 1st: itself
+    nearest = [squared_distances(rows, x).topk(k + 1, largest=False).values for rows in blocks]
+    return torch.cat(nearest)[:, k]  # the first is the point itself
 
 
 def squared_distances(u, v):
@@ -112,10 +113,10 @@ def resize_bilinear(x, size=299):
     """
     for dim in (3, 2):
         length = x.shape[dim]
-        source = torch.arange(size, dtype=torch.float32) * (torch.tensor(float(length)) / size)
+        source = torch.arange(size, device=x.device) * (length / size)
         low = source.long().clamp(max=length - 1)
-        weight = (source - low).to(x.device).view(-1, *[1] * (3 - dim))
-        a, b = (x.index_select(dim, i.to(x.device)) for i in (low, (low + 1).clamp(max=length - 1)))
+        weight = (source - low).view(-1, *[1] * (3 - dim))
+        a, b = (x.index_select(dim, i) for i in (low, (low + 1).clamp(max=length - 1)))
         x = a + (b - a) * weight
     return x
 
@@ -225,7 +226,8 @@ def load_network(args, device):
         network = InceptionV3()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # network, file, pickle and shape errors have no common class
-        fail(f"{path} cannot be loaded: {first_line(error)} (see --weights, and {WEIGHTS_URL})")
+        hint = "" if args.detector else f" (see --weights, and {WEIGHTS_URL})"
+        fail(f"{path} cannot be loaded: {first_line(error)}{hint}")
     digest = sha256(path)
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
     return network.to(device).eval().requires_grad_(False), space
@@ -257,6 +259,8 @@ class Images:
             if self.path.is_dir():
                 found = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True)
                                for name in names if not name.startswith("."))
+                if not found:
+                    raise ValueError("it holds no files")
                 order = np.random.default_rng(0).permutation(len(found))  # sorted classes spoil the IS
                 self.files = [found[i] for i in order]
                 self.count, self.size = len(found), load_image(self.files[0], crop).shape[:2]
@@ -314,15 +318,15 @@ def map_array(path):
 def run_network(network, images, device):
     """{"features": (B, D), "spatial": (B, S), "probabilities": (B, C)} of uint8 images (B, H, W, 3).
 
-    A detector may leave out the last two.
+    A detector may give the first alone.
     """
     try:
-        outputs = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device))
+        outputs = network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
         if isinstance(network, InceptionV3):
             outputs = dict(zip(("features", "spatial", "probabilities"), outputs))
         outputs = {name: x.float() for name, x in outputs.items()}
         if any(x.ndim != 2 or len(x) != len(images) for x in (outputs["features"], *outputs.values())):
-            raise ValueError("its outputs must be (B, D)")
+            raise ValueError("outputs must be (B, D)")
     except Exception as error:  # a detector may raise anything
         fail(f"the network cannot be used on images of shape {images.shape}: {first_line(error)}")
     if "logits" in outputs:
@@ -334,7 +338,7 @@ def compute_features(network, images, keep, args, rank, world_size, device):
     """Statistics of all images, and features and probabilities of the rows `keep`: numpy arrays by name.
 
     mu (D,), sigma (D, D), mu_s (S,), sigma_s (S, S) in float64, as np.cov has them; features (len(keep), D)
-    and probabilities (len(keep), C) in float32. Only the first process has them right.
+    and probabilities (len(keep), C) in float32. Valid on rank 0 only.
     """
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
     first = run_network(network, images.read(range(1)), device)
@@ -366,7 +370,7 @@ def compute_features(network, images, keep, args, rank, world_size, device):
 
 
 def sum_to_rank0(x):
-    """The sum over the processes, as numpy, right on the first."""
+    """The sum over the processes, as numpy; valid on rank 0 only."""
     x = x.cpu()
     if dist.is_initialized():
         dist.reduce(x, 0)
@@ -376,8 +380,9 @@ def sum_to_rank0(x):
 def use_stored(found, images, space):
     """Put the statistics that are stored in an .npz in the place of those of its images, as ADM does."""
     stored = images.stored
-    if str(stored.get("feature_space", space)) != space:
-        fail(f"{images.path} holds statistics of {stored['feature_space']}, not of {space}")
+    network = str(stored.get("feature_space", ADM_INCEPTION))
+    if "mu" in stored and network != space:
+        fail(f"{images.path} holds statistics of {network}, not of {space}")
     for name in STATISTICS if "mu" in stored else ():
         computed = found.pop(name, None)
         if name in stored:
@@ -436,13 +441,12 @@ def main():
     samples = Images(args.images, args.image_size if args.save_stats else None)
     sets = [Images(args.ref, args.image_size or samples.size[0]), samples] if args.ref else [samples]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # features off by 1e-3
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     rank, world_size, device = init_distributed(timedelta(days=2))
     network, space = load_network(args, device)
 
     found = {}
     for images in sets:
-        draw = args.save_stats or (images is not samples and images.files)
+        draw = args.save_stats or images is not samples and images.path.suffix != ".npz"
         keep = images.drawn() if draw else np.arange(images.count)
         found[images] = compute_features(network, images, keep, args, rank, world_size, device)
         if args.ref:

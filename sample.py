@@ -213,13 +213,13 @@ def main():
     barrier()
     if rank == 0:
         write_json(record, settings)  # first, so that a file at `out` always has its record
-        images = arrays.arrays["images"]
+        images = arrays.load("images")
         if out.suffix == ".npz":
             with atomic_write(out) as file:
                 np.savez(file, arr_0=images)
         else:
             save_grid(images, args.per_class, out)
-        shutil.rmtree(arrays.folder)
+        shutil.rmtree(arrays.folder, ignore_errors=True)
         print(out)
 
 

@@ -154,11 +154,10 @@ def compile_layers(model, ema, args):
 
 
 def check_finite(done, history):
-    """Stop, on all processes, if a gradient norm in history is not finite."""
-    bad = (~torch.stack([scalars["grad_norm"] for scalars in history]).isfinite()).nonzero()
-    if len(bad):
-        step = done - len(history) + 1 + int(bad[0])
-        fail(f"the loss or its gradient is not finite at step {step}: is --lr too high, a latent not finite?")
+    """Stop, on all processes, at a gradient norm in history that is not finite."""
+    for step, scalars in enumerate(history, start=done - len(history) + 1):
+        if not scalars["grad_norm"].isfinite():
+            fail(f"the loss or its gradient is not finite at step {step}: is --lr too high, a latent bad?")
 
 
 def log_line(done, history, images_per_s):
