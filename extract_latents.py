@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -63,14 +62,14 @@ def load_image(path, size=None):
         return np.array(center_crop(image, size) if size else image)
 
 
-def load_batch(rows, files, size):
-    """(images of files[rows], uint8 (B, size, size, 3); what is wrong with those that cannot be read)."""
-    images, errors = np.zeros((len(rows), size, size, 3), np.uint8), []
-    for i, row in enumerate(rows):
+def load_batch(files, size=None):
+    """(images of the files, a list of arrays; what is wrong with those that cannot be read)."""
+    images, errors = [], []
+    for file in files:
         try:
-            images[i] = load_image(files[row], size)
+            images.append(load_image(file, size))
         except Exception as error:  # PIL raises many kinds; one bad file must not stop a million good ones
-            errors.append(f"{files[row]} ({first_line(error)})")
+            errors.append(f"{file} ({first_line(error)})")
     return images, errors
 
 
@@ -115,8 +114,8 @@ class ResumableArrays:
         try:
             list(map(self.load, shapes))
         except Exception as error:  # what a power cut leaves
-            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it and run "
-                 "the same command again")
+            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it and "
+                 "run the same command again")
 
     def load(self, name):
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
@@ -140,8 +139,8 @@ class ResumableArrays:
 
 
 class Latents:
-    """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list, "scale": float
-    or list, "num_classes": int}.
+    """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list,
+    "scale": float or list, "num_classes": int}.
 
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
     [C, H, W], count and, with_images, image_size.
@@ -243,15 +242,16 @@ def main():
     arrays = ResumableArrays(out, settings, count, shapes, rank)
 
     batches = arrays.batches(args.batch_size, rank, world_size)
-    loaded = read_ahead(functools.partial(load_batch, files=files, size=size), batches, args.num_workers)
+    loaded = read_ahead(lambda rows: load_batch([files[i] for i in rows], size), batches, args.num_workers)
     progress = tqdm(batches, f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
     everyones = [[]] * world_size
     for rows, (images, errors) in zip(progress, loaded):
         everyones[rank] = everyones[rank] + errors
         if not errors:
+            images = np.stack(images)
+            x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
             values = {"images": images} if args.store_images else {}
-            images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
-            arrays.write(rows, moments=encode(vae, images).cpu(), **values)
+            arrays.write(rows, moments=encode(vae, x).cpu(), **values)
     if world_size > 1:
         dist.all_gather_object(everyones, everyones[rank])
     if bad := sum(everyones, []):
@@ -332,12 +332,6 @@ def fraction(text):
     if not 0 <= float(text) <= 1:
         raise ValueError
     return float(text)
-
-
-def rng(seed, index, device):
-    """A torch.Generator of its own for each (seed, index)."""
-    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # far from the next seed's
-    return torch.Generator(device).manual_seed((int(base) + index) % 2**63)
 
 
 def read_ahead(read, items, threads=1):

@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import struct
-import sys
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -30,8 +29,8 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
-from extract_latents import (Parser, atomic_write, fail, first_line, init_distributed, load_image,
-                             positive_int, read_ahead, read_rows, run, write_json)
+from extract_latents import (Parser, atomic_write, fail, first_line, init_distributed, load_batch,
+                             load_image, positive_int, read_ahead, read_rows, run, write_json)
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -73,8 +72,6 @@ def precision_recall(reference, samples, k=3, block=2000):
     share of samples in the reference's manifold, recall the share of the reference in the samples'.
     """
     reference, samples = torch.as_tensor(reference).float(), torch.as_tensor(samples).float()
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"{k} neighbours need at least {k + 1} points")
     reference_radii, sample_radii = squared_radii(reference, k, block), squared_radii(samples, k, block)
     precise, covered = torch.zeros_like(sample_radii, dtype=torch.bool), []
     for rows, radii in zip(reference.split(block), reference_radii.split(block)):
@@ -86,8 +83,7 @@ def precision_recall(reference, samples, k=3, block=2000):
 
 def squared_radii(x, k, block):
     """Squared distance (N,) of every point of x (N, D) to its k-th nearest other point."""
-    blocks = tqdm(x.split(block), "neighbours", leave=False, delay=5)
-    nearest = [squared_distances(rows, x).topk(k + 1, largest=False).values for rows in blocks]
+    nearest = [squared_distances(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
     return torch.cat(nearest)[:, k]  # the first is the point itself
 
 
@@ -281,16 +277,13 @@ class Images:
         """Images `rows` as uint8 (B, H, W, 3)."""
         if not self.files:
             return read_rows(self.array, rows) if isinstance(self.array, np.memmap) else self.array[rows]
-        images = np.empty((len(rows), *self.size, 3), np.uint8)
-        for i, row in enumerate(rows):
-            try:
-                image = load_image(self.files[row], self.crop)
-                if image.shape != images.shape[1:]:
-                    raise ValueError(f"it is of {image.shape[:2]} pixels and others of {self.size}")
-            except Exception as error:  # of PIL, of many kinds; `run` prints this one
-                raise OSError(errno.EIO, f"cannot be used: {first_line(error)}", self.files[row]) from error
-            images[i] = image
-        return images
+        images, errors = load_batch([self.files[row] for row in rows], self.crop)
+        if not errors:
+            errors = [f"{self.files[row]} (of {image.shape[:2]} pixels, and others of {self.size})"
+                      for row, image in zip(rows, images) if image.shape[:2] != self.size]
+        if errors:
+            raise OSError(errno.EIO, f"cannot be used: {errors[0]}", self.path)
+        return np.stack(images)
 
     def drawn(self):
         """The rows, rising, of which a reference keeps images: 10,000 in a fixed random choice, or all."""
@@ -408,8 +401,6 @@ def report(args, samples, reference, found, found_ref, space, device):
     print(f"features: {space}{', not ImageNet FID' if args.detector else ''}")
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
-    if samples.count < 50_000 and not args.detector:
-        print("fid.py: warning: papers use 50,000 samples; fewer raise FID", file=sys.stderr)
     if args.json:
         about = {"samples": str(samples.path.resolve()), "count": samples.count, "feature_space": space,
                  "reference": str(reference.path.resolve()), "torch": torch.__version__}

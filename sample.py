@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, fail,
-                             first_line, fraction, init_distributed, nonnegative_int, positive_int, rng, run,
+                             first_line, fraction, init_distributed, nonnegative_int, positive_int, run,
                              write_json)
 from models import HEADS, SIZES, build_model, decode, load_vae, to_bf16
 
@@ -61,6 +61,12 @@ def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0
     for t, t_next in pairwise(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()):
         x = x + guided_velocity(model, x, t, y, cfg_scale, guidance_interval) * (t_next - t)
     return x
+
+
+def rng(seed, index, device):
+    """A torch.Generator of its own for each (seed, index)."""
+    base = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]  # far from the next seed's
+    return torch.Generator(device).manual_seed((int(base) + index) % 2**63)
 
 
 def randn_like(x, generators):

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from extract_latents import (Latents, Parser, atomic_write, barrier, check_same_settings, fail, first_line,
                              fraction, init_distributed, lock, nonnegative_int, positive_int, read_ahead,
-                             rng, run, write_json)
+                             run, write_json)
 from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, load_vae, patchify
-from sample import load_checkpoint, load_model, sample_images, save_grid
+from sample import load_checkpoint, rng, sample_images, save_grid
 
 
 def interpolate(x, noise, t):
@@ -208,7 +208,6 @@ def parse_args():
     add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
-    add("--init-from", metavar="FILE", help="checkpoint with EMA weights to start from")
     add = parser.add_argument_group("VAE-REPA").add_argument
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
@@ -308,13 +307,6 @@ def prepare(args):
         if path.exists():
             state = load_checkpoint(path)
             model.load_state_dict(state["model"])
-        elif args.init_from:
-            path = args.init_from
-            weights = load_model(path)[0].state_dict()
-            table = "y_embedder.embedding_table.weight"
-            if len(weights[table]) != model.num_classes + 1:
-                del weights[table]
-            model.load_state_dict(weights, strict=False)  # heads and a label table of another size begin anew
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         if state:
             ema.load_state_dict(state["ema"])
