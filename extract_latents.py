@@ -114,7 +114,7 @@ class ResumableArrays:
         try:
             list(map(self.load, shapes))
         except Exception as error:  # what a power cut leaves
-            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it and "
+            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it, "
                  "run the same command again")
 
     def load(self, name):

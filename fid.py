@@ -403,7 +403,7 @@ def report(args, samples, reference, found, found_ref, space, device):
         print(f"  {metric:<10} {value:.4f}")
     if args.json:
         about = {"samples": str(samples.path.resolve()), "count": samples.count, "feature_space": space,
-                 "reference": str(reference.path.resolve()), "torch": torch.__version__}
+                 "reference": str(reference.path.resolve())}
         write_json(args.json, {**metrics, **about})
 
 

@@ -319,7 +319,7 @@ def load_encoder(name, hub, image_size):
 
 
 def load_vae(name):
-    """A diffusers autoencoder in float32: a folder, or on the hub "owner/name" or "owner/name/subfolder"."""
+    """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub."""
     import diffusers  # slow to import, and not needed for training
     import huggingface_hub
 

@@ -145,8 +145,7 @@ def parse_args():
     add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
     add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
     add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")
-    add("--out", help="FILE.png: a grid; FILE.npz: for fid.py or ADM's evaluator (arr_0, uint8, NHWC); "
-                      "default: beside the checkpoint")
+    add("--out", help="FILE.png, a grid, or FILE.npz, for fid.py (default: beside the checkpoint)")
     add = parser.add_argument_group("sampler").add_argument
     add("--mode", choices=["sde", "ode"], default="sde", help="which equation to solve, by Euler's method")
     add("--num-steps", type=positive_int, default=250, help="sampler steps")

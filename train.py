@@ -189,7 +189,7 @@ signals = []  # names of those received
 
 
 def any_signal():
-    """Whether any process was asked to stop: the same answer on all; does not wait for the GPU."""
+    """Whether any process was asked to stop; does not wait for the GPU."""
     noted = torch.tensor(len(signals))
     if dist.is_initialized():
         dist.all_reduce(noted, dist.ReduceOp.MAX)
@@ -314,7 +314,7 @@ def prepare(args):
         if first and 0 < args.sample_every <= args.max_steps:
             path = latents.facts["vae"]
             vae = load_vae(path)
-    except Exception as error:  # a file of another form can be wrong in many ways
+    except Exception as error:  # files can be wrong in many ways
         fail(f"{path} does not fit {args.model} and these latents: {first_line(error)}")
     if first:
         lock(run_dir / "lock", run_dir)
@@ -344,8 +344,7 @@ def main():
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # the position table never changes
     if rank == 0:
-        millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
-        print(f"{run_dir}: {millions:.1f} M parameters, from step {start}, on {world_size} x {device.type}")
+        print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(signal.Signals(number).name))
