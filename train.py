@@ -1,6 +1,6 @@
 """Train SiT with VAE-REPA: a small MLP on an early block also predicts the clean latent of the noisy input.
 
-    torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --vae-repa-depth 8     # or `python` on one device
+    torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --vae-repa-depth 8  # or `python` on one device
 
     x_t = (1 - t) x + t noise,  v = dx_t/dt = noise - x           t = 1 is noise, t = 0 is data   (Eq. 1, 3)
     L = mean (v_pred - v)^2 + lambda smooth_l1(x_pred, x; beta)   v_pred: last block, x_pred: block d  (7, 8)
@@ -182,7 +182,7 @@ def draw_grid(ema, vae, facts, args, path):
 
 def save(path, checkpoint):
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)  # tensors, numbers and dicts: loads weights-only
+        torch.save(checkpoint, file)  # tensors, numbers, dicts: loads weights-only
 
 
 signals = []  # names of those received
@@ -349,7 +349,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(signal.Signals(number).name))
     local_batch = args.batch_size // world_size
-    local = slice(rank * local_batch, (rank + 1) * local_batch)  # this process's part of each global batch
+    local = slice(rank * local_batch, (rank + 1) * local_batch)  # of each global batch
     steps = range(start, args.max_steps)
     rows = (step_rows(facts, args, step)[local] for step in steps)
     progress = tqdm(steps, "training", args.max_steps, initial=start, disable=rank > 0)

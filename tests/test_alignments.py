@@ -1,21 +1,20 @@
 """REPA and SRA beside VAE-REPA: the image encoder against formulas, every combination of the three against a
-plain loop, other latents and VAEs, training that starts from a file's weights, bad input."""
+plain loop, other latents and VAEs, bad input."""
 
 import argparse
 import json
-import math
 import shutil
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, cli, process, write_set
-from test_train import assert_as_plain, assert_close_run, assert_same_run, fit, load, refused
+from conftest import ROOT, TINY, cli, process
+from test_train import assert_as_plain, assert_close_run, assert_same_run, fit, refused
 
 import models
 import train
-from models import HEADS, SiT_models, decode, load_vae
+from models import decode, load_vae
 
 CUDA, DINOV2 = torch.cuda.is_available(), ROOT / "tests" / "data" / "dinov2"
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -192,53 +191,6 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, hub, tmp_path):
         for name in ("denoising", *METHODS):
             assert a[name] == pytest.approx(b[name], rel=0.03, abs=0.01), name
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["ema"].values())
-
-
-# --init-from
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Random weights of a SiT-Ti/4 for 10 classes in train.py's, REPA's and SRA's published forms."""
-    folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    model = SiT_models["SiT-Ti/4"](input_size=8, num_classes=10, vae_repa_depth=2, repa_depth=2, sra_depth=2)
-    ema = {key: torch.randn_like(value) * 0.05 for key, value in model.state_dict().items()}
-    settings = {"model": "SiT-Ti/4", "data": {"latent_shape": [4, 8, 8], "num_classes": 10}}
-    torch.save({"ema": ema, "step": 4, "settings": settings}, folder / "ours.pt")
-    for name, theirs in (("repa", "projectors.0"), ("sra", "ap_head")):
-        ours = f"heads.{name}.mlp"
-        weights = {key.replace(ours, theirs): value for key, value in ema.items()
-                   if key.startswith(ours) or not key.startswith(HEADS)}
-        torch.save({"model": {}, "ema": weights, "args": argparse.Namespace(steps=4)}, folder / f"{name}.pt")
-    return folder
-
-
-@pytest.mark.parametrize("form, classes", [("ours", 10), ("ours", 12), ("repa", 10), ("sra", 12)])
-def test_training_starts_from_the_weights_of_a_file(capsys, trained, tmp_path, form, classes):
-    """Model and EMA start from its EMA weights, but another number of classes with a label table anew."""
-    folder = write_set(tmp_path / "set", num_classes=classes)
-    flags = ("--init-from", trained / f"{form}.pt", "--lr", 1e-9, "--vae-repa-depth", 3)
-    _, state = fit(capsys, folder, tmp_path / "run", "--max-steps", 1, *flags)
-    weights, table = load(trained / "ours.pt")["ema"], "y_embedder.embedding_table.weight"
-    for part in ("model", "ema"):
-        for key, value in state[part].items():
-            if key == table and classes != 10:
-                assert value.shape == (13, 128) and value.std() == pytest.approx(0.02, rel=0.1)
-            elif not key.startswith("heads."):  # which is new, at another depth
-                torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-6, msg=key)
-    _, again = fit(capsys, folder, tmp_path / "run", "--max-steps", 2, *flags)  # not from the file again
-    assert again["step"] == 2 and again["opt"]["state"][0]["step"] == 2
-
-
-@pytest.mark.parametrize("form, flags, about, says", [
-    ("ours", ("--model", "SiT-S/4"), {}, "SiT-S/4"), ("repa", ("--model", "SiT-Ti/2"), {}, "SiT-Ti/2"),
-    ("ours", (), {"channels": 16}, "x_embedder"), ("repa", (), {"size": 16}, "pos_embed"),
-    ("missing", (), {}, "is no checkpoint")])
-def test_weights_that_do_not_fit(capsys, trained, tmp_path, form, flags, about, says):
-    folder = write_set(tmp_path / "set", **about)
-    said = refused(capsys, folder, tmp_path / "run", "--init-from", trained / f"{form}.pt", *flags)
-    assert says in said and (f"{form}.pt does not fit" in said or form == "missing")
 
 
 # Bad input

@@ -319,7 +319,7 @@ def test_defaults_are_the_papers(monkeypatch):
               "repa_encoder": "dinov2_vitb14", "repa_hub": None, "sra_depth": 0, "sra_weight": 0.2,
               "sra_teacher_depth": None, "sra_t_max": 0.2, "ckpt_every": 50_000, "state_every": 10_000,
               "sample_every": 10_000, "log_every": 100, "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
-              "init_from": None, "precision": "fp32", "compile": False}  # of a machine without a GPU
+              "precision": "fp32", "compile": False}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
     depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
     assert [(args.vae_repa_depth, args.sra_teacher_depth) for args in depths] == [(2, 8), (8, 16), (8, 20)]
