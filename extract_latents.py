@@ -296,7 +296,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except OSError as error:
-        fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+        fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 

@@ -106,7 +106,7 @@ def save_grid(images, columns, path):
 def load_checkpoint(path):
     """A checkpoint's contents on the CPU, read from disk when used; no code in the file is run."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {**torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
 
 
 def load_model(path, device="cpu"):

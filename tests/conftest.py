@@ -75,16 +75,16 @@ def drawn_rows(seed, step, batch_size, count):
     return [int(np.random.default_rng([seed, 2, epoch]).permutation(count)[place]) for epoch, place in places]
 
 
-def write_set(folder, channels=4, size=8, moments=None, image_size=32, **about):
-    """12 random latents and images of 10 classes, as extract_latents.py stores them."""
-    rng, shape = np.random.default_rng(0), (12, channels, size, size)
+def write_set(folder, channels=4, size=8, image_size=32, count=12, **about):
+    """Random latents and images of 10 classes, as extract_latents.py stores them."""
+    rng, shape = np.random.default_rng(0), (count, channels, size, size)
     drawn = np.concatenate([rng.normal(1, 2, shape), rng.uniform(0.5, 1.5, shape)], 1).astype(np.float16)
     about = {"vae": "nobody/nothing", "shift": np.linspace(-0.5, 1.5, channels).tolist(),
              "scale": np.linspace(0.25, 2, channels).tolist(), "num_classes": 10, "files_sha256": "", **about}
     folder.mkdir(parents=True)
-    np.save(folder / "moments.npy", drawn if moments is None else moments)
-    np.save(folder / "labels.npy", np.arange(12) % 10)
-    np.save(folder / "images.npy", rng.integers(0, 256, (12, image_size, image_size, 3), np.uint8))
+    np.save(folder / "moments.npy", drawn)
+    np.save(folder / "labels.npy", np.arange(count) % 10)
+    np.save(folder / "images.npy", rng.integers(0, 256, (count, image_size, image_size, 3), np.uint8))
     (folder / "latents.json").write_text(json.dumps(about))
     return folder
 

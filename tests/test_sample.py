@@ -1,108 +1,73 @@
-"""sample.py: the samplers against a field whose solution is known, guidance, one stream per image, outputs that
-continue and that no batch size or number of processes changes, published checkpoints, and bad input."""
+"""sample.py: samplers against a field whose flow is known and REPA's formulas, images against the samplers.
+
+No batch size, number of processes, kill or other command changes an image or an output, the EMA weights of
+our own and of published checkpoints sample, and bad input is one sentence.
+"""
 
 import argparse
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_allclose, assert_array_equal
+from conftest import Killed, cli, message, process
 from PIL import Image
 
-import models
+import extract_latents
 import sample
-from conftest import ROOT, Killed, cli, message, process
-from extract_latents import load_vae, rng
-from models import SiT_models, to_bf16
+from models import SiT_models, load_vae, to_bf16
 from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde
 
-
-# Data N(mean, std^2) in every element: v = E[noise - x | x_t] is linear in x_t, and x_t is Gaussian at every t
-
-MEAN, STD = 1.5, 0.4
-LABELS = torch.tensor([3, 5])
+NULL, Y = 12, torch.tensor([3, 5])  # 12 classes
 
 
-def gaussian_velocity(x, t, mean=MEAN, std=STD):
+# ---- samplers, in float64, for data N(mean, std^2): v = E[noise - x | x_t] is linear in x_t
+
+
+def field(x, t, mean=1.5, std=0.4):
     variance = (1 - t) ** 2 * std**2 + t**2
     return -mean + (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean)
 
 
-class GaussianModel:
-    """The exact field; the null class, 10, is other data. It notes the t and the labels of every call."""
+class Exact:
+    """The field of the labels' data; the null class's is another. It notes t and labels of each call."""
 
-    num_classes = 10
+    num_classes = NULL
 
     def __init__(self):
         self.times, self.labels = [], []
 
     def __call__(self, x, t, y):
-        assert len(x) == len(t) == len(y) and (t == t[0]).all()
         self.times.append(float(t[0]))
         self.labels.append(y.tolist())
-        t, null = t.view(-1, 1, 1, 1), (y == self.num_classes).view(-1, 1, 1, 1)
-        return torch.where(null, gaussian_velocity(x, t, -0.5, 0.8), gaussian_velocity(x, t))
+        t, null = t.view(-1, 1, 1, 1), (y == NULL).view(-1, 1, 1, 1)
+        return torch.where(null, field(x, t, -0.5, 0.8), field(x, t))
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def seeded(count):
+def generators(count=2):
     return [torch.Generator().manual_seed(7 + i) for i in range(count)]
 
 
-def ode_errors(heun):
-    """The largest distance from the exact flow, z at t = 1 to mean + std z at t = 0, in 50, 100 and 200 steps."""
-    z = draw(2, 4, 8, 8)
-    return [(sample_ode(GaussianModel(), z, LABELS, num_steps=steps, heun=heun) - (MEAN + STD * z)).abs().max().item()
-            for steps in (50, 100, 200)]
+Z = torch.stack([torch.randn(4, 8, 8, generator=g, dtype=torch.float64) for g in generators()])
 
 
 def test_euler_is_of_first_order():
-    errors = ode_errors(heun=False)
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
-    assert 1e-4 < errors[2] < 0.02
+    """Against the exact flow, from z at t = 1 to mean + std z at t = 0; 250 steps are the default."""
+    coarse, fine, finest = ((sample_ode(Exact(), Z, Y, **steps) - (1.5 + 0.4 * Z)).abs().max().item()
+                            for steps in ({"num_steps": 62}, {"num_steps": 125}, {}))
+    assert coarse / fine == pytest.approx(125 / 62, rel=0.1) and fine / finest == pytest.approx(2, rel=0.1)
+    assert 1e-4 < finest < 0.02
 
 
-def test_heun_is_of_second_order():
-    errors = ode_errors(heun=True)
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
-    assert errors[2] < 1e-3
-
-
-@pytest.mark.parametrize("heun", [False, True])
-def test_ode_times(heun):
-    model = GaussianModel()
-    sample_ode(model, draw(2, 4, 2, 2), LABELS, num_steps=4, heun=heun)
-    assert model.times == ([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0] if heun else [1, 0.75, 0.5, 0.25])
-    model.times.clear()
-    sample_ode(model, draw(2, 4, 2, 2), LABELS, heun=heun)
-    assert len(model.times) == (500 if heun else 250)
-
-
-def test_sde_times():
-    """250 evaluations: t = 1 down to 0.04, from where the last step goes to 0."""
-    model = GaussianModel()
-    sample_sde(model, draw(2, 4, 2, 2), LABELS)
-    assert_allclose(model.times, np.linspace(1, 0.04, 250), rtol=1e-12)
-
-
-def repa_euler_maruyama(model, z, y, num_steps, generators, cfg_scale=1.0, low=0.0, high=1.0):
+def repa_euler_maruyama(model, x, y, num_steps, generators, cfg_scale, low, high):
     """REPA's sampler, step by step: guidance on the drift, noise in all steps but the last."""
     t_steps = [1 - (1 - 0.04) * i / (num_steps - 1) for i in range(num_steps)] + [0.0]
-    x = z
     for i, (t_cur, t_next) in enumerate(zip(t_steps[:-1], t_steps[1:])):
         drifts = []
-        for labels in (y, torch.full_like(y, 10)):
+        for labels in (y, torch.full_like(y, NULL)):
             v = model(x, torch.full((len(x),), t_cur, dtype=x.dtype), labels)
             reverse_alpha_ratio = (1 - t_cur) / -1
             score = (reverse_alpha_ratio * v - x) / (t_cur**2 - reverse_alpha_ratio * t_cur)
@@ -120,94 +85,33 @@ def repa_euler_maruyama(model, z, y, num_steps, generators, cfg_scale=1.0, low=0
 @pytest.mark.parametrize("scale, low, high", [(1.0, 0.0, 1.0), (1.8, 0.0, 0.7), (4.0, 0.3, 1.0)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_sde_equals_repa(scale, low, high, dtype, tolerance):
-    z = draw(2, 4, 8, 8).to(dtype)
-    expected = repa_euler_maruyama(GaussianModel(), z, LABELS, 250, seeded(2), scale, low, high)
-    x = sample_sde(GaussianModel(), z, LABELS, cfg_scale=scale, guidance_interval=(low, high), generators=seeded(2))
-    assert x.dtype == dtype
+    z, options = Z.to(dtype), {"cfg_scale": scale, "guidance_interval": (low, high)}
+    x = sample_sde(Exact(), z, Y, **options, generators=generators())
+    expected = repa_euler_maruyama(Exact(), z, Y, 250, generators(), scale, low, high)
     torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_sde_draws_the_data():
-    """Mean and std of 160 000 values, to 4 standard errors and the first-order error of 250 steps."""
-    torch.manual_seed(0)
-    z = draw(16, 4, 50, 50)
-    x = sample_sde(GaussianModel(), z, torch.zeros(16, dtype=torch.long))
-    n = x.numel()
-    assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / n**0.5 + 0.005)
-    assert x.std().item() == pytest.approx(STD, abs=4 * STD / (2 * n) ** 0.5 + 0.005)
-    assert np.corrcoef(x.flatten(), z.flatten())[0, 1] < 0.5  # the ODE would keep it at 1
+@pytest.mark.parametrize("sampler", [sample_ode, sample_sde])  # 25 steps from 1 reach 0.04 in both
+@pytest.mark.parametrize("low, high", [(0.04, 0.52), (0.52, 0.52), (0.53, 0.55), (0.0, 1.0)])
+def test_guidance(sampler, low, high):
+    """v0 + s (v - v0) at times inside the interval, edges included; no null class outside, or at scale 1."""
+    model, times = Exact(), np.linspace(1, 0.04, 25)
+    options = {"num_steps": 25, "guidance_interval": (low, high)}
+    sampler(model, Z, Y, cfg_scale=1.0, **options)
+    assert model.labels == [[3, 5]] * 25
+    np.testing.assert_allclose(model.times, times, rtol=1e-12)
+    sampler(model, Z, Y, cfg_scale=1.5, **options)
+    guided = [low <= t <= high for t in times.round(9)]
+    assert model.labels[25:] == [[3, 5, NULL, NULL] if each else [3, 5] for each in guided]
+    v, null = guided_velocity(model, Z, 0.54, Y, 2.5, (0.5, 0.6)), field(Z, 0.54, -0.5, 0.8)
+    torch.testing.assert_close(v, null + 2.5 * (field(Z, 0.54) - null), rtol=1e-12, atol=1e-12)
 
 
-def test_last_sde_step_adds_no_noise():
-    """5 steps take 4 draws from an image's stream."""
-    g, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    sample_sde(GaussianModel(), draw(1, 4, 2, 2), LABELS[:1], num_steps=5, generators=[g])
-    for _ in range(4):
-        torch.randn(4, 2, 2, generator=other, dtype=torch.float64)
-    assert torch.equal(g.get_state(), other.get_state())
+# ---- one stream per image, with a model whose output depends on x, t and y
 
 
-def test_state_stays_in_float32():
-    """Under bf16 only the model's own output is rounded."""
-    def rounded(x, t, y):
-        return GaussianModel()(x, t, y).bfloat16()
-
-    z = draw(2, 4, 8, 8).float()
-    for x in (sample_sde(rounded, z, LABELS, generators=seeded(2)), sample_ode(rounded, z, LABELS)):
-        assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
-
-
-# Guidance
-
-
-def test_guidance_formula_and_null_class():
-    """v0 + s (v - v0), where v0 is the velocity of the class num_classes and not of 1000."""
-    model, x, t = GaussianModel(), draw(2, 4, 2, 2), 0.4
-    v = guided_velocity(model, x, t, LABELS, 2.5, (0.0, 1.0))
-    v_class, v_null = gaussian_velocity(x, t), gaussian_velocity(x, t, -0.5, 0.8)
-    torch.testing.assert_close(v, v_null + 2.5 * (v_class - v_null), rtol=1e-12, atol=1e-12)
-    assert model.labels == [[3, 5, 10, 10]]
-
-
-@pytest.mark.parametrize("heun", [False, True])
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.25, 0.5), (0.5, 0.5), (0.3, 0.7), (0.51, 0.74)])
-def test_guidance_interval_of_the_ode(low, high, heun):
-    """Only calls inside, edges included, hold the null class; Heun's second slope is judged at its own time."""
-    model, options = GaussianModel(), {"cfg_scale": 1.5, "guidance_interval": (low, high), "heun": heun}
-    sample_ode(model, draw(2, 4, 2, 2), LABELS, num_steps=4, **options)
-    times = [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0] if heun else [1, 0.75, 0.5, 0.25]
-    assert model.labels == [[3, 5, 10, 10] if low <= t <= high else [3, 5] for t in times]
-
-
-def test_guidance_interval_of_the_sde():
-    """0.04 is the last time, and an edge of the interval."""
-    model, options = GaussianModel(), {"cfg_scale": 1.8, "guidance_interval": (0.04, 0.7)}
-    sample_sde(model, draw(2, 4, 2, 2), LABELS, num_steps=25, **options)
-    assert [len(labels) for labels in model.labels] == [4 if t <= 0.7 else 2 for t in np.linspace(1, 0.04, 25)]
-
-
-def test_heun_with_guidance():
-    """One step from 1 to 0, guided at its end alone."""
-    z = draw(2, 4, 2, 2)
-    options = {"cfg_scale": 3.0, "guidance_interval": (0.0, 0.5), "heun": True}
-    first = gaussian_velocity(z, 1.0)
-    v, v_null = gaussian_velocity(z - first, 0.0), gaussian_velocity(z - first, 0.0, -0.5, 0.8)
-    expected = z - (first + v_null + 3 * (v - v_null)) / 2
-    torch.testing.assert_close(sample_ode(GaussianModel(), z, LABELS, num_steps=1, **options), expected)
-
-
-@pytest.mark.parametrize("sampler", [sample_sde, sample_ode])
-def test_scale_1_never_calls_the_null_class(sampler):
-    model = GaussianModel()
-    sampler(model, draw(2, 4, 2, 2), LABELS, num_steps=10, cfg_scale=1.0)
-    assert model.labels == [[3, 5]] * 10
-
-
-# One stream per image, with a model whose output depends on x, t and y
-
-
-def lively(name, num_classes=10, latent=8, seed=0, **head):
-    """A SiT whose every parameter is random, those that start at zero too: noise and class show in its images."""
+def lively(name="SiT-Ti/4", num_classes=NULL, latent=8, seed=0, **head):
+    """A SiT all of whose parameters are random, those that start at zero too."""
     torch.manual_seed(seed)
     model = SiT_models[name](input_size=latent, num_classes=num_classes, **head).eval()
     for p in model.parameters():
@@ -217,29 +121,26 @@ def lively(name, num_classes=10, latent=8, seed=0, **head):
     return model
 
 
-def settings_for(model_name, vae, num_classes=10, latent=8, **others):
+def settings_for(vae="x", model="SiT-Ti/4", num_classes=NULL, latent=8, **others):
     data = {"vae": str(vae), "shift": 0.25, "scale": 0.5, "num_classes": num_classes}
-    return {"model": model_name, "data": {**data, "latent_shape": [4, latent, latent]}, **others}
+    return {"model": model, "data": {**data, "latent_shape": [4, latent, latent]}, **others}
 
 
 @pytest.fixture(scope="module")
-def weights():
-    return lively("SiT-Ti/4").state_dict()
-
-
-@pytest.fixture(scope="module")
-def tiny(vae, weights, tmp_path_factory):
-    """A checkpoint of a lively SiT-Ti/4 with 10 classes; it also holds a model, whose weights differ."""
-    path = tmp_path_factory.mktemp("tiny") / "run" / "checkpoints" / "0000007.pt"
-    path.parent.mkdir(parents=True)
-    torch.save({"model": lively("SiT-Ti/4", seed=1).state_dict(), "ema": weights, "opt": {}, "step": 7,
-                "settings": settings_for("SiT-Ti/4", vae)}, path)
+def tiny(vae, tmp_path_factory):
+    """A checkpoint of a lively SiT-Ti/4; it also holds a model, whose weights differ."""
+    path = tmp_path_factory.mktemp("tiny") / "0000007.pt"
+    torch.save({"model": lively(seed=1).state_dict(), "ema": lively().state_dict(), "opt": {}, "step": 7,
+                "settings": settings_for(vae)}, path)
     return path
 
 
-def draw_rows(ckpt, vae, rows, y, seed=0, **options):
+def drawn(ckpt, y, rows=None, seed=0, **options):
+    """Images of the classes y by sample_images, with the VAE on the CPU."""
     model, settings = load_model(ckpt)
-    return sample_images(model, load_vae(str(vae)), settings["data"], rows, y, seed, "fp32", num_steps=4, **options).numpy()
+    data, rows = settings["data"], range(len(y)) if rows is None else rows
+    vae = load_vae(data["vae"])
+    return sample_images(model, vae, data, rows, y, seed, "fp32", num_steps=4, **options).numpy()
 
 
 def close(a, b):
@@ -247,543 +148,306 @@ def close(a, b):
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
+def stream(seed, i):
+    """The stream of image i, from its definition; earlier outputs can go on only if it stays as it is."""
+    base = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed((base + i) % 2**63)
+
+
 def test_streams():
-    """Equal for equal (seed, index), and different for any other; train.py's seeds are lists."""
-    def start(seed, i):
-        return tuple(torch.randn(4, generator=rng(seed, i, "cpu")).tolist())
-
-    seeds = [0, 1, 2, 2**40, [0, 1], [1, 1], [1, 2]]
-    assert len({start(seed, i) for seed in seeds for i in range(50)}) == 50 * len(seeds)
-    assert start(1, 7) == start(1, 7) and start([1, 1], 7) == start([1, 1], 7)
+    """Different for any two (seed, index), near or far; train.py's seeds are lists."""
+    pairs = [(seed, i) for seed in (0, 1, 2, 2**40, [0, 1], [1, 1], [1, 2]) for i in range(50)]
+    starts = [torch.randn(4, generator=sample.rng(*pair, "cpu")).tolist() for pair in pairs]
+    assert len(set(map(tuple, starts))) == len(pairs)
+    assert starts == [torch.randn(4, generator=stream(*pair)).tolist() for pair in pairs]
 
 
-@pytest.mark.parametrize("options", [{"mode": "sde"}, {"mode": "ode"},
-                                     {"cfg_scale": 2.0, "guidance_interval": (0.0, 0.7)}], ids=str)
-def test_rows_do_not_depend_on_their_batch(tiny, vae, options):
-    y = [0, 3, 9, 3, 5]
-    batch = draw_rows(tiny, vae, range(5), y, **options)
-    assert np.abs(batch[1].astype(int) - batch[3]).mean() > 5  # the same class, another image
-    assert close(draw_rows(tiny, vae, [4, 2, 0], [5, 9, 0], **options), batch[[4, 2, 0]])
-    for i in range(5):
-        assert close(draw_rows(tiny, vae, [i], [y[i]], **options), batch[i : i + 1])
-
-
-def test_latents_do_not_depend_on_their_batch(tiny):
-    model, y = load_model(tiny)[0], torch.tensor([0, 3, 9])
-
-    def latents(rows):
-        generators = [rng(0, i, "cpu") for i in rows]
-        z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
-        return sample_sde(model, z, y[rows], num_steps=20, generators=generators)
-
-    batch = latents([0, 1, 2])
-    torch.testing.assert_close(latents([2, 1, 0]).flip(0), batch, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.cat([latents([i]) for i in range(3)]), batch, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["sde", "ode", "heun"])
-def test_sample_images_decodes_what_the_sampler_draws(tiny, vae, mode):
-    """Noise first, then the steps, from one stream per image; z = x / scale + shift, decoded and rounded."""
-    model, decoder, y = load_model(tiny)[0], load_vae(str(vae)), torch.tensor([1, 8])
-    generators = [rng(5, i, "cpu") for i in (2, 3)]
-    z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
-    if mode == "sde":
-        x = sample_sde(model, z, y, num_steps=4, generators=generators)
+@pytest.mark.parametrize("options", [
+    {}, {"mode": "ode"}, {"cfg_scale": 2.0, "guidance_interval": (0.0, 0.7)}])
+def test_an_image_depends_on_its_index_alone(tiny, vae, options):
+    """Noise first, then the steps, from its stream; z = x / scale + shift, decoded and rounded."""
+    y, streams, rest = torch.tensor([0, 3, 9, 3, 5]), [stream(5, i) for i in range(5)], dict(options)
+    x = torch.stack([torch.randn(4, 8, 8, generator=g) for g in streams])
+    if rest.pop("mode", "sde") == "sde":
+        x = sample_sde(load_model(tiny)[0], x, y, 4, generators=streams, **rest)
     else:
-        x = sample_ode(model, z, y, num_steps=4, heun=mode == "heun")
+        x = sample_ode(load_model(tiny)[0], x, y, 4)
     with torch.no_grad():
-        pixels = (decoder.decode(x / 0.5 + 0.25).sample + 1) * 127.5
+        pixels = (load_vae(str(vae)).decode(x / 0.5 + 0.25).sample + 1) * 127.5
     expected = torch.floor(pixels + 0.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    images = draw_rows(tiny, vae, [2, 3], [1, 8], seed=5, mode=mode)
-    assert images.dtype == np.uint8 and images.std() > 5
-    assert close(images, expected) and (images == expected).mean() > 0.999
+    batch = drawn(tiny, y, seed=5, **options)
+    assert batch.dtype == np.uint8 and close(batch, expected) and (batch == expected).mean() > 0.999
+    assert np.abs(batch[1].astype(int) - batch[3]).mean() > 5  # the same class, another image
+    assert close(drawn(tiny, [5, 9, 0], [4, 2, 0], seed=5, **options), batch[[4, 2, 0]])
+    assert close(drawn(tiny, [3], [3], seed=5, **options), batch[3:4])
 
 
-# The command line
+def test_bf16(tiny):
+    """Weights kept in bf16 or rounded by autocast in every call: the same bits. All else is in float32."""
+    for sampler in (lambda *args: sample_sde(*args, generators()), sample_ode):
+        model, latents = load_model(tiny)[0], []
+        wide = torch.nn.Module()
+        wide.forward, wide.num_classes = lambda *args: model(*args).float(), NULL
+        for each, bf16 in ((model, False), (wide, False), (model, True)):
+            if bf16:
+                to_bf16(model)
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(sampler(each, Z.float(), Y, 8, 2.0, (0.0, 0.7)))
+        assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert all(x.dtype == torch.float32 and torch.equal(x, latents[0]) for x in latents)
 
 
-STEPS = ("--num-steps", 4)
+# ---- the command line
 
 
-def run_sample(capsys, ckpt, out, *args):
-    """The path that sample.py prints."""
-    status, stdout, err = cli(capsys, "sample", "--ckpt", ckpt, *STEPS, *(["--out", out] if out else []), *args)
-    assert status == 0, err
-    return Path(stdout.strip().split("\n")[-1])
+@pytest.fixture
+def run(capsys, tiny, tmp_path):
+    """Draws, and returns the pixels that lie at `out`; or is refused with one sentence, and no file more."""
+    def run(*args, out="out.npz", ckpt=tiny, refused=None):
+        before, out = sorted(tmp_path.rglob("*")), tmp_path / out
+        status, stdout, err = cli(capsys, "sample", "--ckpt", ckpt, "--num-steps", 4, "--out", out, *args)
+        if refused:
+            said = message(err)
+            assert status == 2 and said.startswith("sample.py: error: ") and refused in said, said
+            assert sorted(tmp_path.rglob("*")) == before
+            return None
+        assert status == 0 and str(out) in stdout.split(), err
+        return read(out)
+    return run
 
 
-def read_npz(path):
-    with np.load(path, allow_pickle=False) as file:
-        assert file.files == ["arr_0"]
-        return file["arr_0"]
+def read(path):
+    """Images of 32 x 32 pixels (N, 32, 32, 3), of a grid row by row."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            assert file.files == ["arr_0"]
+            return file["arr_0"]
+    with Image.open(path) as image:
+        grid = np.asarray(image)
+    return grid.reshape(len(grid) // 32, 32, -1, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
 
 
-def read_folder(folder):
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+def random_labels(count, seed=0):
+    return [int(np.random.default_rng([seed, i]).integers(NULL)) for i in range(count)]
 
 
-def random_labels(seed, count):
-    return [int(np.random.default_rng([seed, i]).integers(10)) for i in range(count)]
+def test_npz(run, tiny, tmp_path):
+    """arr_0 is uint8 NHWC; row i is image i of the seed, of a class that depends on (seed, i), however many
+    rows, processes and images per batch there are; or every class equally often. bf16 differs a little."""
+    flags = ("--num-samples", 10, "--num-steps", 4, "--batch-size", 3, "--out", tmp_path / "two.npz")
+    process("sample", "--ckpt", tiny, *flags, processes=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.npz", "two.npz.json"]
+    images = read(tmp_path / "two.npz")
+    assert images.dtype == np.uint8 and close(images, drawn(tiny, random_labels(10)))
+    other = run("--num-samples", 4, "--seed", 1, out="seed.npz")
+    assert close(other, drawn(tiny, random_labels(4, seed=1), seed=1))
+    assert (np.abs(other.astype(int)[:, None] - images).mean(axis=(2, 3, 4)) > 3).all()  # none is any other
+    even = run("--num-samples", NULL + 2, "--class-balanced", "--batch-size", 5, out="even.npz")
+    assert close(even, drawn(tiny, [*range(NULL), 0, 1]))
+    rounded = run("--num-samples", 10, "--precision", "bf16", out="bf16.npz")
+    assert 0 < np.abs(rounded.astype(int) - images).mean() < 3  # grey levels
 
 
-@pytest.fixture(scope="module")
-def ten(tiny, tmp_path_factory):
-    """10 samples of random classes, batch 10, by the real command."""
-    out = tmp_path_factory.mktemp("ten") / "ten.npz"
-    process("sample", "--ckpt", tiny, *STEPS, "--num-samples", 10, "--batch-size", 10, "--out", out)
-    return out
+@pytest.mark.parametrize("flags, options", [
+    ("", {}), ("--mode ode", {"mode": "ode"}),
+    ("--cfg-scale 3 --guidance-interval 0.2 0.8", {"cfg_scale": 3.0, "guidance_interval": (0.2, 0.8)})])
+def test_grid_and_npz_hold_the_same_pixels(run, tiny, tmp_path, flags, options):
+    """A row of the grid per class; the sampler gets its flags."""
+    images = run("--classes", 3, 9, "--per-class", 3, *flags.split())
+    assert close(images, drawn(tiny, [3, 3, 3, 9, 9, 9], **options))
+    assert not options or not close(images, drawn(tiny, [3, 3, 3, 9, 9, 9]))
+    assert np.array_equal(run("--classes", 3, 9, "--per-class", 3, *flags.split(), out="grid.png"), images)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * 32, 2 * 32)
 
 
-def test_npz(ten, tiny, vae):
-    """arr_0 is uint8 NHWC; row i is image i of the stream, of a random class that depends on (seed, i)."""
-    images, y = read_npz(ten), random_labels(0, 10)
-    assert images.dtype == np.uint8 and images.shape == (10, 32, 32, 3) and len(set(y)) > 3
-    assert close(images, draw_rows(tiny, vae, range(10), y))
-    assert sorted(path.name for path in ten.parent.iterdir()) == ["ten.npz", "ten.npz.json"]
+def test_default_outputs_and_records(capsys, run, tiny, vae, tmp_path):
+    """Beside the checkpoint: a grid of 10 classes, evenly spaced, or random ones, the rest of a row black.
+
+    Beside each lies what it was made with, in full; the classes of a grid are named.
+    """
+    ckpt, classes = shutil.copy(tiny, tmp_path / "run.pt"), [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
+    record = {"ckpt": str(ckpt), "step": 7, "vae": str(vae), "seed": 0, "classes": classes, "per_class": 8,
+              "num_samples": None, "class_balanced": False, "mode": "sde", "num_steps": 4, "cfg_scale": 1.0,
+              "guidance_interval": [0, 1], "precision": "bf16" if torch.cuda.is_available() else "fp32"}
+    for name, flags in (("run.png", {}), ("run.npz", {"classes": None, "num_samples": 1})):
+        args = ("--num-samples", 1) if flags else ()
+        assert cli(capsys, "sample", "--ckpt", ckpt, "--num-steps", 4, *args)[0] == 0
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == {**record, **flags}
+    grid = read(tmp_path / "run.png")
+    assert close(grid, drawn(tiny, np.repeat(classes, 8))) and len(read(tmp_path / "run.npz")) == 1
+    grid = run("--num-samples", 5, "--per-class", 3, out="random.png")
+    assert close(grid[:5], drawn(tiny, random_labels(5))) and len(grid) == 6 and not grid[5].any()
 
 
-def test_batch_size_and_processes_do_not_change_samples(capsys, ten, tiny, tmp_path):
-    images = read_npz(ten)
-    assert np.abs(images[0].astype(int) - images[1]).mean() > 5
-    three = run_sample(capsys, tiny, tmp_path / "3.npz", "--num-samples", 10, "--batch-size", 3)
-    assert close(read_npz(three), images)
-    out = tmp_path / "two.npz"
-    process("sample", "--ckpt", tiny, *STEPS, "--num-samples", 10, "--batch-size", 3, "--out", out, processes=2)
-    assert close(read_npz(out), images)
-    fewer = run_sample(capsys, tiny, tmp_path / "4.npz", "--num-samples", 4)
-    assert close(read_npz(fewer), images[:4])
-
-
-def test_seed_changes_images_and_labels(capsys, ten, tiny, vae, tmp_path):
-    other = read_npz(run_sample(capsys, tiny, tmp_path / "seed.npz", "--num-samples", 10, "--seed", 1))
-    distances = np.abs(other.astype(int)[:, None] - read_npz(ten)).mean(axis=(2, 3, 4))
-    assert (distances > 3).all()  # no image is any of the others
-    assert random_labels(0, 10) != random_labels(1, 10)
-    assert close(other, draw_rows(tiny, vae, range(10), random_labels(1, 10), seed=1))
-
-
-def test_bf16_weights_change_no_bit(tiny):
-    """Kept in bf16 once, or rounded by autocast in every call: the same latents."""
-    model, y = load_model(tiny)[0], torch.tensor([0, 3])
-    latents = []
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(sample_sde(model, draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2)))
-        to_bf16(model)
-    assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16 and latents[0].dtype == torch.float32
-    assert torch.equal(*latents)
-    exact = sample_sde(load_model(tiny)[0], draw(2, 4, 8, 8).float(), y, 8, 2.0, (0.0, 0.7), seeded(2))
-    assert 0 < (latents[0] - exact).norm() / exact.norm() < 0.05
-
-
-def test_bf16_on_the_command_line(capsys, ten, tiny, vae, tmp_path):
-    rounded = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", "--num-samples", 10, "--precision", "bf16"))
-    distance = np.abs(rounded.astype(int) - read_npz(ten)).mean()
-    assert 0 < distance < 3, distance  # grey levels
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-def test_compiled_samples_are_the_same(capsys, ten, tiny, tmp_path, monkeypatch):
-    """Blocks and final layer, for each size of batch: guided, not guided, and the short one at the end."""
-    compiled, real = [], torch.nn.Module.compile
-
-    def noting(layer, **how):
-        compiled.append((layer, how))
-        real(layer, **how)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", noting)
-    flags = ("--num-samples", 10, "--batch-size", 4, "--cfg-scale", 2, "--guidance-interval", 0, 0.5)
-    images = read_npz(run_sample(capsys, tiny, tmp_path / "compiled.npz", *flags, "--compile"))
-    assert [type(layer) for layer, _ in compiled] == [models.SiTBlock] * 6 + [models.FinalLayer]
-    assert all(how == {"dynamic": False} for _, how in compiled)
-    eager = read_npz(run_sample(capsys, tiny, tmp_path / "eager.npz", *flags, "--no-compile"))
-    run_sample(capsys, tiny, tmp_path / "grid.png", "--classes", 1, "--per-class", 1, "--compile")
-    assert len(compiled) == 7  # none more: a grid is drawn sooner than layers compile
-    assert close(images, eager) and not close(images, read_npz(ten))
-
-
-def test_class_balanced(capsys, tiny, vae, tmp_path):
-    images = read_npz(run_sample(capsys, tiny, tmp_path / "even.npz", "--num-samples", 12, "--class-balanced"))
-    assert close(images, draw_rows(tiny, vae, range(12), [i % 10 for i in range(12)]))
-
-
-def test_grid_folder_and_npz_hold_the_same_pixels(capsys, tiny, vae, tmp_path):
-    args = ("--classes", 3, 9, "--per-class", 3)
-    images = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", *args))
-    assert close(images, draw_rows(tiny, vae, range(6), [3, 3, 3, 9, 9, 9]))
-    folder = run_sample(capsys, tiny, tmp_path / "folder", *args)
-    assert sorted(path.name for path in folder.iterdir()) == [f"{i:06d}.png" for i in range(6)]
-    assert_array_equal(read_folder(folder), images)
-    grid = np.asarray(Image.open(run_sample(capsys, tiny, tmp_path / "grid.png", *args)))  # a row per class
-    assert_array_equal(grid, images.reshape(2, 3, 32, 32, 3).swapaxes(1, 2).reshape(64, 96, 3))
-
-
-def test_a_grid_of_any_number(capsys, tiny, vae, tmp_path):
-    """Random classes as a grid too: the rest of the last row is black."""
-    out = run_sample(capsys, tiny, tmp_path / "a.png", "--num-samples", 5, "--per-class", 3)
-    grid = np.asarray(Image.open(out)).reshape(2, 32, 3, 32, 3).swapaxes(1, 2).reshape(6, 32, 32, 3)
-    assert close(grid[:5], draw_rows(tiny, vae, range(5), random_labels(0, 5))) and not grid[5].any()
-
-
-def test_default_grid(capsys, tiny, vae):
-    """Every class of ten, 8 images each, into the run's samples/, under a name that tells the settings apart."""
-    out = run_sample(capsys, tiny, None)
-    assert out.parent == tiny.parent.parent / "samples" and out.suffix == ".png"
-    grid = np.asarray(Image.open(out)).reshape(10, 32, 8, 32, 3).swapaxes(1, 2).reshape(80, 32, 32, 3)
-    assert close(grid, draw_rows(tiny, vae, range(80), [c for c in range(10) for _ in range(8)]))
-    names = [out]
-    for more in (["--seed", 1], ["--cfg-scale", 2], ["--cfg-scale", 2, "--guidance-interval", 0, 0.5],
-                 ["--mode", "ode"], ["--mode", "heun"], ["--num-steps", 3], ["--num-samples", 1]):
-        names.append(run_sample(capsys, tiny, None, *([] if "--num-samples" in more else ["--per-class", 1]), *more))
-    assert len(set(names)) == 8 and names[-1].suffix == ".npz"
-
-
-@pytest.mark.parametrize("args, options", [
-    (["--cfg-scale", 3, "--guidance-interval", 0.2, 0.8], {"cfg_scale": 3.0, "guidance_interval": (0.2, 0.8)}),
-    (["--mode", "ode"], {"mode": "ode"}),
-    (["--mode", "heun", "--cfg-scale", 2], {"mode": "heun", "cfg_scale": 2.0})], ids=str)
-def test_guidance_and_mode_reach_the_sampler(capsys, tiny, vae, tmp_path, args, options):
-    images = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", "--classes", 1, 2, "--per-class", 1, *args))
-    assert close(images, draw_rows(tiny, vae, [0, 1], [1, 2], **options))
-    assert not close(images, draw_rows(tiny, vae, [0, 1], [1, 2]))
-
-
-def test_another_vae(capsys, tiny, vae, tmp_path):
-    """--vae replaces the decoder; shift and scale stay those of the latents that the model was trained on."""
+def test_another_vae(run, vae, tmp_path):
+    """--vae replaces the decoder; shift and scale stay those of the latents the model was trained on."""
     other = load_vae(str(vae))
     other.decoder.conv_out.bias.data += 0.2
     other.register_to_config(scaling_factor=7.0, shift_factor=3.0)
     other.save_pretrained(tmp_path / "vae")
-    args = ("--classes", 1, 2)
-    images = read_npz(run_sample(capsys, tiny, tmp_path / "a.npz", *args)).astype(int)
-    shifted = read_npz(run_sample(capsys, tiny, tmp_path / "b.npz", *args, "--vae", tmp_path / "vae")).astype(int)
+    images = run("--classes", 1, 2).astype(int)
+    shifted = run("--classes", 1, 2, "--vae", tmp_path / "vae", out="b.npz")
     inside = (images > 0) & (images < 229)
     assert inside.mean() > 0.5 and abs(shifted - images - 25.5)[inside].max() <= 1.5
 
 
-def test_killed_it_continues(capsys, tiny, tmp_path, monkeypatch, one_thread):
-    """Killed, it draws only the batches that are missing, and the array is that of an undisturbed run."""
-    many = ["--num-samples", 80, "--batch-size", 2, "--num-steps", 25]
-    whole = read_npz(run_sample(capsys, tiny, tmp_path / "whole.npz", *many))
-    out, progress = tmp_path / "out.npz", tmp_path / "out.npz.progress"
-    args = ["--ckpt", tiny, "--out", out, *STEPS, *many]
-    run = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *map(str, args)], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not progress.exists() or progress.read_bytes().count(1) < 24:
-        assert run.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    run.kill()
-    run.wait()
-    done = np.flatnonzero(np.frombuffer(progress.read_bytes(), bool)).tolist()
-    assert 24 <= len(done) < 80 and not out.exists()
-    assert "seed is 0 there and 1 here" in refused(capsys, *args, "--seed", 1)
-
-    drawn, real = [], sample.sample_images
-
-    def noting(model, vae, data, rows, *rest, **options):
-        drawn.extend(rows)
-        return real(model, vae, data, rows, *rest, **options)
-
-    monkeypatch.setattr(sample, "sample_images", noting)
-    run_sample(capsys, tiny, out, *many)
-    assert sorted(drawn + done) == list(range(80))
-    assert_array_equal(read_npz(out), whole)
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.npz", "out.npz.json"]
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad attribute of")  # by torch's compiler
+def test_compiled_samples_are_the_same(run, monkeypatch):
+    """Every block, for each size of batch: guided or not, and the short one at the end; not for grids."""
+    layer, hows = torch.nn.Module, []
+    real = layer.compile
+    monkeypatch.setattr(layer, "compile", lambda self, **how: (hows.append(how), real(self, **how)))
+    flags = ("--num-samples", 5, "--batch-size", 3, "--cfg-scale", 2, "--guidance-interval", 0, 0.5)
+    images = run(*flags, "--compile")
+    run("--classes", 1, "--per-class", 1, "--compile", out="grid.png")
+    assert hows == [{"dynamic": False}] * 7
+    assert close(images, run(*flags, "--no-compile", out="eager.npz"))
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.png", "folder"])
-def test_killed_while_writing_the_result(capsys, tiny, tmp_path, monkeypatch, name):
-    """Every image is drawn, the result is not there yet: the same command writes it and draws nothing."""
-    out, args = tmp_path / name, ("--classes", 1, 2, "--per-class", 2)
-    real = os.replace
+# ---- outputs that are there, and those that a kill left
 
-    def stop(*args):
-        raise Killed
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png"])
+@pytest.mark.parametrize("call, after", [("write", 5), ("fsync", 7), ("fsync", 8), ("replace", 2)])
+def test_killed_it_continues(run, tmp_path, monkeypatch, one_thread, name, call, after):
+    """Wherever it dies, the same command draws what is missing and no more, and gives the same bytes.
+
+    fsync 7 and 8 follow settings.json's, three batches and the fourth's images or the whole fourth;
+    replace 2 follows the names of settings.json and the record, and would give the result its own.
+    """
+    out, args = tmp_path / name, ("--classes", 1, 2, "--per-class", 6, "--batch-size", 2)
+    run(*args, out=f"whole-{name}")
+    owner = extract_latents.ResumableArrays if call == "write" else os
+    real, calls, rows = getattr(owner, call), [], []
+
+    def dying(*args, **options):
+        calls.append(args)
+        if len(calls) > after:
+            raise Killed
+        return real(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", lambda a, b: stop() if Path(b) == out else real(a, b))
-        run_sample(capsys, tiny, out, *args)
-    assert not out.exists()
-    monkeypatch.setattr(sample, "sample_images", stop)
-    run_sample(capsys, tiny, out, *args)
-    monkeypatch.undo()
-    whole = run_sample(capsys, tiny, tmp_path / f"whole-{name}", *args)
-    if out.is_dir():
-        assert_array_equal(read_folder(out), read_folder(whole))
-    else:
-        assert out.read_bytes() == whole.read_bytes()
+        patch.setattr(owner, call, dying)
+        run(*args, out=name)
+    done = np.flatnonzero(np.load(f"{out}.partial/done.npy")).tolist()
+    assert done and not out.exists()
+    run(*args, "--seed", 1, out=name, refused="seed is 0 there and 1 here")
+    real = sample.sample_images
+    monkeypatch.setattr(sample, "sample_images", lambda *a, **b: (rows.extend(a[3]), real(*a, **b))[1])
+    run(*args, out=name)
+    assert sorted(rows + done) == list(range(12))
+    assert out.read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("a.*")) == [name, f"{name}.json"]
 
 
-# Existing outputs
-
-
-def state(folder):
-    return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in folder.rglob("*")}
-
-
-@pytest.mark.parametrize("name", ["out.npz", "out.png", "folder"])
-def test_finished_output(capsys, tiny, tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", ["out.npz", "out.png"])
+def test_finished_output(run, tmp_path, name, monkeypatch):
     """The same command again does nothing; other settings are named; both leave it as it is."""
-    out, args = tmp_path / name, ("--classes", 1, 2, "--per-class", 2)
-    run_sample(capsys, tiny, out, *args)
-    before = state(tmp_path)
+    args = ("--classes", 1, 2, "--per-class", 2)
+    run(*args, out=name)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
     monkeypatch.setattr(sample, "sample_images", None)
-    same = ["--ckpt", tiny, *STEPS, "--out", out, *args]
-    status, stdout, err = cli(capsys, "sample", *same)
-    assert status == 0 and "complete already" in stdout and not err
-    for more, setting in [(["--seed", 3], "seed is 0 there and 3 here"), (["--num-steps", 5], "num_steps is 4 there"),
-                          (["--cfg-scale", 2], "cfg_scale is 1.0 there and 2.0 here"),
-                          (["--classes", 1, 3], "classes is [1, 2] there and [1, 3] here"),
-                          (["--mode", "ode"], "mode is 'sde' there and 'ode' here"),
-                          (["--per-class", 1], "per_class is 2 there and 1 here"),
-                          (["--precision", "bf16"], "precision is 'fp32' there")]:
-        assert setting in refused(capsys, *same, *more)
-    status, stdout, _ = cli(capsys, "sample", *same, "--batch-size", 3, "--compile")  # they change no image
-    assert status == 0 and "complete already" in stdout
-    assert state(tmp_path) == before
+    run(*args, "--batch-size", 3, "--compile", out=name)  # they change no image
+    for other, says in [
+            ("--seed 3", "seed is 0 there and 3 here"), ("--num-steps 5", "num_steps is 4 there"),
+            ("--cfg-scale 2", "cfg_scale is 1.0 there"), ("--vae x", "and 'x' here"),
+            ("--guidance-interval 0 0.5", "guidance_interval is [0, 1]"), ("--mode ode", "mode is 'sde'"),
+            ("--classes 1 1 2 2 --per-class 1", "per_class is 2 there"), ("--precision bf16", "precision")]:
+        run(*args, *other.split(), out=name, refused=says)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
 
 
-def test_record_of_the_settings(capsys, tiny, vae, tmp_path):
-    """What an output was made with lies beside it in full, defaults and all; a grid's classes are named."""
-    out = run_sample(capsys, tiny, tmp_path / "out.npz", "--num-samples", 3, "--class-balanced")
-    record = {"ckpt": str(tiny.resolve()), "step": 7, "vae": str(vae), "seed": 0, "classes": None,
-              "per_class": 8, "num_samples": 3, "class_balanced": True, "mode": "sde", "num_steps": 4,
-              "cfg_scale": 1.0, "guidance_interval": [0, 1],
-              "precision": "bf16" if torch.cuda.is_available() else "fp32"}
-    assert json.loads(Path(f"{out}.json").read_text()) == record
-    grid = run_sample(capsys, tiny, tmp_path / "grid.png", "--per-class", 1, "--batch-size", 5)
-    grids = {"classes": list(range(10)), "per_class": 1, "num_samples": None, "class_balanced": False}
-    assert json.loads(Path(f"{grid}.json").read_text()) == {**record, **grids}
-
-
-def test_other_grid_of_the_same_labels(capsys, tiny, tmp_path):
-    """Two columns of one class are not one column of it given twice."""
-    out = run_sample(capsys, tiny, tmp_path / "grid.png", "--classes", 1, "--per-class", 2)
-    assert Image.open(out).size == (64, 32)
-    assert "there and" in refused(capsys, "--ckpt", tiny, *STEPS, "--out", out, "--classes", 1, 1, "--per-class", 1)
-
-
-def test_output_of_unknown_origin(capsys, tiny, tmp_path):
-    (tmp_path / "mine.npz").write_text("precious")
-    assert "mine.npz exists" in refused(capsys, "--ckpt", tiny, "--out", tmp_path / "mine.npz", "--num-samples", 1)
-    assert (tmp_path / "mine.npz").read_text() == "precious"
-
-
-def test_impossible_output(capsys, tiny, tmp_path):
-    (tmp_path / "file").write_text("x")
-    line = refused(capsys, "--ckpt", tiny, "--out", tmp_path / "file" / "a.npz", "--num-samples", 1)
-    assert str(tmp_path / "file") in line
-
-
-# Checkpoints
+# ---- checkpoints
 
 
 def same_weights(model, expected):
     loaded = model.state_dict()
-    return loaded.keys() == expected.keys() and all(torch.equal(loaded[key], value) for key, value in expected.items())
+    return loaded.keys() == expected.keys() and all(torch.equal(loaded[k], v) for k, v in expected.items())
 
 
-def test_ema_is_what_samples(tiny, weights):
+def test_checkpoints_of_train(run, checkpoint, tiny):
+    """EMA weights sample, without the head, with the class count, VAE, shift and scale of training."""
     model, settings = load_model(tiny)
-    assert same_weights(model, weights) and not same_weights(model, torch.load(tiny)["model"])
-    assert not model.training and settings["step"] == 7 and settings["model"] == "SiT-Ti/4"
-
-
-def test_alignment_head_is_left_out(capsys, ten, vae, tmp_path, weights):
-    """A model trained with a head draws what the same weights without it draw."""
-    head = {"vae_repa_depth": 2, "vae_repa_layers": 2}
-    both = {**lively("SiT-Ti/4", **head).state_dict(), **weights}
-    assert any(key.startswith("heads.vae_repa.") for key in both)
-    torch.save({"ema": both, "settings": settings_for("SiT-Ti/4", vae, **head)}, tmp_path / "head.pt")
-    assert same_weights(load_model(tmp_path / "head.pt")[0], weights)
-    images = read_npz(run_sample(capsys, tmp_path / "head.pt", tmp_path / "a.npz", "--num-samples", 10))
-    assert close(images, read_npz(ten))
-
-
-def test_checkpoint_of_train(capsys, checkpoint, vae, tmp_path):
-    """What train.py writes is drawn from alone, with its own class count, VAE, shift and scale."""
+    assert same_weights(model, lively().state_dict()) and not model.training and settings["step"] == 7
     ema = torch.load(checkpoint, weights_only=True)["ema"]
     model, settings = load_model(checkpoint)
-    assert same_weights(model, {key: value for key, value in ema.items() if not key.startswith("heads.")})
+    assert any(k.startswith("heads.vae_repa") for k in ema)
+    assert same_weights(model, {k: v for k, v in ema.items() if not k.startswith("heads.")})
     assert model.num_classes == 3 and (settings["data"]["shift"], settings["data"]["scale"]) == (0.25, 0.5)
-    images = read_npz(run_sample(capsys, checkpoint, tmp_path / "a.npz", "--classes", 0, 2, "--per-class", 2))
-    assert close(images, draw_rows(checkpoint, vae, range(4), [0, 0, 2, 2]))
+    images = run("--classes", 0, 2, "--per-class", 2, ckpt=checkpoint)
+    assert close(images, drawn(checkpoint, [0, 0, 2, 2]))
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A lively SiT-S/8 with 7 classes."""
-    return lively("SiT-S/8", num_classes=7, latent=16)
-
-
-def as_published(weights, *head):
-    """A checkpoint as REPA and SRA publish it, whose EMA also holds a head's keys."""
-    return {"model": {key: torch.zeros_like(value) for key, value in weights.items()},
-            "ema": {**weights, **{key: torch.ones(3) for key in head}},
-            "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-            "args": argparse.Namespace(model="SiT-S/8", data_dir="../data", cfg_prob=0.1), "steps": 400000}
-
-
-FORMS = {"repa": lambda w: as_published(w, "projectors.0.0.weight", "projectors.0.0.bias", "projectors.0.4.weight"),
-         "sra": lambda w: as_published(w, "ap_head.0.weight", "ap_head.2.bias"),
-         "bare": dict}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_published_checkpoints(capsys, small, vae, tmp_path, form):
-    """They load without settings: model, class count and latent size are read off the weights, less the head's."""
-    ckpt = tmp_path / "published.pt"
-    torch.save(FORMS[form](small.state_dict()), ckpt)
+@pytest.mark.parametrize("name, classes, latent, head", [
+    ("SiT-S/8", 7, 16, "projectors.0.0.weight"), ("SiT-Ti/1", 1000, 8, "ap_head.2.bias"),
+    ("SiT-Ti/2", 5, 8, None)])
+def test_published_checkpoints(tmp_path, name, classes, latent, head):
+    """Model, class count and latent size are read off the weights, less REPA's or SRA's head's, or off a bare
+    state dict, whose halves become float32."""
+    model, ckpt = lively(name, classes, latent).half().float(), tmp_path / "published.pt"
+    weights = model.state_dict()
+    torch.save({"model": {key: 0 * value for key, value in weights.items()},
+                "ema": {**weights, head: torch.ones(3)}, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+                "args": argparse.Namespace(model="SiT-S/8", cfg_prob=0.1), "steps": 400000} if head else
+               {key: value.half() for key, value in weights.items()}, ckpt)
     loaded, settings = load_model(ckpt)
-    data = {"latent_shape": [4, 16, 16], "shift": 0.0, "scale": 0.18215}
-    assert same_weights(loaded, small.state_dict()) and loaded.num_classes == 7
-    assert settings["model"] == "SiT-S/8" and {key: settings["data"][key] for key in data} == data
-    x, t, y = torch.randn(2, 4, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 7])
-    with torch.no_grad():
-        assert torch.equal(loaded(x, t, y), small(x, t, y))
-    images = read_npz(run_sample(capsys, ckpt, tmp_path / "a.npz", "--vae", vae, "--classes", 6, "--per-class", 2))
-    assert close(images, sample_images(small, load_vae(str(vae)), data, [0, 1], [6, 6], 0, "fp32", num_steps=4).numpy())
-    assert "0 to 6" in refused(capsys, "--ckpt", ckpt, "--vae", vae, "--classes", 7)
+    data = {"vae": "stabilityai/sd-vae-ft-ema", "latent_shape": [4, latent, latent], "shift": 0.0,
+            "scale": 0.18215, "num_classes": classes}
+    assert same_weights(loaded, weights) and settings == {"model": name, "data": data, "step": None}
 
 
-@pytest.mark.parametrize("name, latent", [("SiT-S/2", 32), ("SiT-Ti/1", 8)])
-def test_published_size_is_read_off_the_shapes(name, latent, tmp_path):
-    torch.save(FORMS["repa"](lively(name, num_classes=1000, latent=latent).state_dict()), tmp_path / "published.pt")
-    loaded, settings = load_model(tmp_path / "published.pt")
-    assert settings["model"] == name and loaded.num_classes == 1000 and loaded.input_size == latent
+# ---- bad input
 
 
-def test_half_precision_weights(capsys, weights, vae, tmp_path):
-    """A state dict saved as float16 is drawn from in float32."""
-    half = {key: value.half() for key, value in weights.items()}
-    torch.save(half, tmp_path / "half.pt")
-    run_sample(capsys, tmp_path / "half.pt", tmp_path / "a.npz", "--vae", vae, "--num-samples", 1)
-    assert same_weights(load_model(tmp_path / "half.pt")[0], {key: value.float() for key, value in half.items()})
+def test_no_checkpoint(run, tiny, tmp_path):
+    """Refused by its name, and so is what holds more than tensors and numbers, which could be code."""
+    path, whole, weights = tmp_path / "other.pt", tiny.read_bytes(), lively().state_dict()
+    fit = settings_for()
+    run(ckpt=path, refused="other.pt is no checkpoint")
+    for content in (b"", b"none", whole[: len(whole) // 2], whole[:-10], pickle.dumps([path])):
+        path.write_bytes(content)
+        run(ckpt=path, refused="other.pt is no checkpoint")
+    for value in ({"ema": weights, "settings": fit, "opt": path}, [1, 2], torch.ones(2)):
+        torch.save(value, path)
+        run(ckpt=path, refused="other.pt is no checkpoint")
+    for value in (
+            *({"ema": weights, "settings": settings_for(**other)} for other in (
+                {"model": "SiT-S/4"}, {"model": "SiT-Ti/2"}, {"model": "SiT-Z/4"}, {"num_classes": 11},
+                {"latent": 16}, {"latent": 9}, {"data": {}})),
+            *({"ema": {key: value for key, value in weights.items() if not key.startswith(less)}, **others}
+              for less, others in (("blocks.5", {}), ("final", {}), ("blocks.5.mlp.fc1", {"settings": fit}))),
+            {"ema": {**weights, "extra.weight": torch.ones(1)}, "settings": fit},
+            {}, {"ema": {}}, {"ema": 5}, {"settings": fit}, {"ema": weights, "settings": 3}):
+        torch.save(value, path)
+        run(ckpt=path, refused="other.pt does not fit")
 
 
-# Bad input
+@pytest.mark.parametrize("flags, says", [
+    ("--cfg-scale 0.9", "at least 1"), ("--cfg-scale nan", "at least 1"), ("--cfg-scale inf", "finite"),
+    ("--guidance-interval 0.7 0", "[0.7, 0.0]"), ("--guidance-interval -0.1 1", "fraction"),
+    ("--guidance-interval 0 1.1", "fraction"), ("--guidance-interval nan 1", "fraction"),
+    ("--classes 1 --num-samples 3", "--num-samples"), ("--class-balanced", "--class-balanced"),
+    ("--seed -1", "nonnegative_int"), ("--num-samples 0", "positive_int"), ("--num-steps 0", "positive_int"),
+    ("--per-class 0", "positive_int"), ("--batch-size 0", "positive_int"), ("--mode dopri5", "--mode"),
+    ("--cfg 2", "--cfg"), ("--vae /nonexistent", "/nonexistent"), ("--classes 12", "0 to 11"),
+    ("--classes -1 3", "0 to 11"), ("--out folder", ".png")])
+def test_flags_out_of_range(run, flags, says):
+    run(*flags.split(), refused=says)
 
 
-def refused(capsys, *args):
-    """The one line with which sample.py ends, status 2, when it refuses its input."""
-    status, _, err = cli(capsys, "sample", *args)
-    assert status == 2, err
-    line = message(err)
-    assert line.startswith("sample.py: error: ")
-    return line
-
-
-def refused_checkpoint(capsys, path):
-    """Refused by its name, and nothing is left beside it."""
-    before = sorted(path.parent.rglob("*"))
-    line = refused(capsys, "--ckpt", path, "--num-samples", 1, "--out", path.parent / "out.npz")
-    assert str(path) in line and sorted(path.parent.rglob("*")) == before
-    return line
-
-
-def test_missing_and_truncated_checkpoints(capsys, tiny, tmp_path):
-    assert "cannot be read as a checkpoint" in refused_checkpoint(capsys, tmp_path / "none.pt")
-    (tmp_path / "folder.pt").mkdir()
-    refused_checkpoint(capsys, tmp_path / "folder.pt")
-    whole = tiny.read_bytes()
-    for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-10], b"no checkpoint"):
-        (tmp_path / "cut.pt").write_bytes(content)
-        assert "cannot be read as a checkpoint" in refused_checkpoint(capsys, tmp_path / "cut.pt")
-
-
-class Code:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def plain_pickle(value, path):
-    path.write_bytes(pickle.dumps(value))
-
-
-@pytest.mark.parametrize("save", [torch.save, plain_pickle])
-def test_code_in_a_checkpoint_does_not_run(capsys, tmp_path, save):
-    save({"ema": {}, "opt": Code(str(tmp_path / "trap"))}, tmp_path / "evil.pt")
-    assert "cannot be read as a checkpoint" in refused_checkpoint(capsys, tmp_path / "evil.pt")
-    assert not (tmp_path / "trap").exists()
-
-
-@pytest.mark.parametrize("name, others", [
-    ("SiT-S/4", {}), ("SiT-Ti/2", {}), ("SiT-Z/4", {}), ("SiT-Ti/4", {"num_classes": 11}), ("SiT-Ti/4", {"latent": 16}),
-    ("SiT-Ti/4", {"latent": 9})], ids=str)
-def test_weights_that_do_not_fit_their_settings(capsys, vae, weights, tmp_path, name, others):
-    torch.save({"ema": weights, "settings": settings_for(name, vae, **others)}, tmp_path / "a.pt")
-    assert "does not fit" in refused_checkpoint(capsys, tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("without, extra", [("blocks.3.attn.qkv.bias", {}), ("", {"extra.weight": torch.ones(1)})])
-def test_missing_and_superfluous_weights(capsys, vae, weights, tmp_path, without, extra):
-    kept = {key: value for key, value in weights.items() if key != without}
-    torch.save({"ema": {**kept, **extra}, "settings": settings_for("SiT-Ti/4", vae)}, tmp_path / "a.pt")
-    line = refused_checkpoint(capsys, tmp_path / "a.pt")
-    assert "does not fit" in line and (without or "extra.weight") in line
-
-
-@pytest.mark.parametrize("value", [
-    {}, {"a": 1}, [1, 2], 3, torch.ones(2), {"ema": {}}, {"ema": 5}, {"ema": torch.ones(2)}, {"settings": {}},
-    {"x_embedder.proj.weight": torch.ones(2, 2)}, {"ema": {"blocks.0.attn.qkv.weight": torch.ones(2)}},
-    {"ema": {}, "settings": {}}, {"ema": {}, "settings": 3},
-    {"ema": {}, "settings": {"model": "SiT-Ti/4", "data": {}}}], ids=str)
-def test_file_that_is_no_checkpoint(capsys, tmp_path, value):
-    torch.save(value, tmp_path / "other.pt")
-    refused_checkpoint(capsys, tmp_path / "other.pt")
-
-
-@pytest.mark.parametrize("missing", ["blocks.11.", "final_layer."])
-def test_published_weights_of_no_known_model(capsys, small, tmp_path, missing):
-    kept = {key: value for key, value in small.state_dict().items() if not key.startswith(missing)}
-    torch.save({"ema": kept}, tmp_path / "a.pt")
-    refused_checkpoint(capsys, tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("words, says", [
-    (["--cfg-scale", 0.9], "--cfg-scale 0.9"), (["--cfg-scale", -2], "--cfg-scale"),
-    (["--cfg-scale", "nan"], "--cfg-scale"), (["--cfg-scale", "inf", "--num-samples", 1], "--cfg-scale"),
-    (["--guidance-interval", 0.7, 0], "--guidance-interval [0.7, 0.0]"),
-    (["--guidance-interval", -0.1, 1], "--guidance-interval"),
-    (["--guidance-interval", 0, 1.1], "--guidance-interval"),
-    (["--guidance-interval", "nan", 1], "--guidance-interval"),
-    (["--classes", 1, "--num-samples", 3], "--num-samples"),
-    (["--class-balanced"], "--num-samples"), (["--seed", -1], "--seed"), (["--num-samples", 0], "--num-samples"),
-    (["--num-steps", 0], "--num-steps"), (["--batch-size", 0], "--batch-size"), (["--mode", "dopri5"], "--mode"),
-    (["--cfg", 2], "--cfg"), (["--vae", "/nonexistent"], "/nonexistent")], ids=str)
-def test_flags_out_of_range(capsys, tiny, tmp_path, words, says):
-    assert says in refused(capsys, "--ckpt", tiny, "--out", tmp_path / "out.npz", *words)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("classes", [(10,), (-1,), (0, 11, 3)], ids=str)
-def test_classes_that_the_checkpoint_does_not_have(capsys, tiny, tmp_path, classes):
-    line = refused(capsys, "--ckpt", tiny, "--out", tmp_path / "out.npz", "--classes", *classes)
-    assert "--classes" in line and "0 to 9" in line and not list(tmp_path.iterdir())
-
-
-def test_vae_of_the_checkpoint_is_gone(capsys, weights, tmp_path):
-    torch.save({"ema": weights, "settings": settings_for("SiT-Ti/4", tmp_path / "gone")}, tmp_path / "a.pt")
-    args = ("--ckpt", tmp_path / "a.pt", "--out", tmp_path / "out.npz", "--num-samples", 1)
-    assert str(tmp_path / "gone") in refused(capsys, *args)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_vae_of_other_channels(capsys, tiny, vae, tmp_path):
-    """A decoder for 16 channels cannot draw latents of 4."""
-    other = type(load_vae(str(vae))).from_config({**load_vae(str(vae)).config, "latent_channels": 16})
-    other.save_pretrained(tmp_path / "vae")
-    args = ("--ckpt", tiny, "--out", tmp_path / "out.npz", "--num-samples", 1, "--vae", tmp_path / "vae")
-    assert "VAE" in refused(capsys, *args)
-    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
-
-
-def test_error_line_of_the_real_command(tiny, tmp_path):
-    (tmp_path / "cut.pt").write_bytes(tiny.read_bytes()[:5000])
-    run = process("sample", "--ckpt", tmp_path / "cut.pt", check=False)
-    assert run.returncode == 2 and message(run.stderr).startswith("sample.py: error: ") and not run.stdout
+def test_what_surrounds_a_checkpoint(run, vae, tmp_path):
+    """No null class to guide with, a VAE that is gone or has other channels, an output that is not ours."""
+    for name, settings in (("gone", settings_for(tmp_path / "nowhere")),
+                           ("unguided", settings_for(vae, label_dropout=0))):
+        torch.save({"ema": lively().state_dict(), "settings": settings}, tmp_path / f"{name}.pt")
+    decoder = load_vae(str(vae))
+    type(decoder).from_config({**decoder.config, "latent_channels": 16}).save_pretrained(tmp_path / "wide")
+    (tmp_path / "mine.npz").write_text("precious")
+    run(ckpt=tmp_path / "gone.pt", refused=str(tmp_path / "nowhere"))
+    run("--cfg-scale", 2, ckpt=tmp_path / "unguided.pt", refused="label-dropout")
+    run("--vae", tmp_path / "wide", refused="cannot decode latents of [4, 8, 8]")
+    run(out="mine.npz", refused="mine.npz.json is missing")
+    run(out="mine.npz/a.npz", refused="mine.npz")
+    assert (tmp_path / "mine.npz").read_text() == "precious"
