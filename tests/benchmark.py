@@ -9,7 +9,7 @@
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
 turns, ratios medians over pairs; no turn begins that would end after 8 minutes. Weights, latents and images
-are random. sample and extract are timed on some and on twice as many images, for the difference.
+are random. sample and extract are timed on some and on twice as many images, and subtracted.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def layer_macs(layer, y):
 
 
 class Run:
-    """One method, ready to take steps of some batch sizes: what train.py's main holds."""
+    """One method, ready for steps of some sizes: what train.py's main holds."""
 
     def __init__(self, method, args, folder, *sizes):
         held, started, first = torch.cuda.memory_allocated(), time.perf_counter(), sizes[0]
@@ -237,7 +237,7 @@ def kind_of(name):
 
 
 def kernel_ms(events, cuda):
-    """[(ms, name)] of a profile's kernels, or on a CPU of its operators; annotations only repeat kernels."""
+    """[(ms, name)] of a profile's kernels, on a CPU of its operators; annotations repeat kernels."""
     return [((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.key)
             for event in events
             if not cuda or event.device_type.name == "CUDA" and not event.is_user_annotation]
@@ -264,7 +264,7 @@ def measure_memory(args, folder):
         Run("VAE-REPA", args, folder, args.micro_batch)
         peaks.append(torch.cuda.max_memory_reserved() / 2**30)
     each = (peaks[1] - peaks[0]) / 8
-    sizes = {gb: 8 + int((gb - 1 - peaks[0]) / each) for gb in (24, 80)}  # less 1 GiB, the driver's
+    sizes = {gb: 8 + int((gb - 1 - peaks[0]) // each) for gb in (24, 80)}  # less 1 GiB, the driver's
     return {f"{gb} GB": {"largest --micro-batch": max(n, 0)} for gb, n in sizes.items()}
 
 
@@ -272,7 +272,7 @@ def measure_memory(args, folder):
 
 
 def run_script(script, *flags):
-    """Run a command; what it writes is thrown away."""
+    """Run a command and throw away what it writes."""
     with tempfile.TemporaryDirectory() as out:
         with command(script.__name__, *flags, "--json" if script is fid else "--out", f"{out}/out.npz"):
             script.main()
@@ -305,7 +305,7 @@ def measure_sample(args, folder):
     torch.save({"ema": build_model(settings).state_dict(), "settings": settings}, folder / "model.pt")
     flags = ("--ckpt", folder / "model.pt", "--batch-size", size, "--num-steps", args.steps,
              "--cfg-scale", 1.8, "--guidance-interval", 0, 0.7, "--num-samples")  # REPA's guidance
-    torch.backends.cuda.matmul.allow_tf32 = True  # which only float32 products heed
+    torch.backends.cuda.matmul.allow_tf32 = True  # of the float32 one
     commands = {"as it is": [(*flags, n) for n in (size, 2 * size)]}
     commands[plain] = [(*command, "--precision", "fp32", "--no-compile") for command in commands["as it is"]]
     seconds = steady_seconds(sample, args, commands)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Killed, cli, message, process, write_set
-from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DModel, VQModel
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
@@ -211,15 +211,20 @@ def test_autoencoders_without_a_posterior(name):
     torch.testing.assert_close(moments.flatten(), torch.tensor([-1, -0.6, 1, 0, 0, 0]))
 
 
+def test_other_kinds_of_autoencoders(tmp_path):
+    VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path)
+    assert isinstance(load_vae(str(tmp_path)), VQModel)
+
+
 @pytest.mark.parametrize("shift, scale", [(0.25, 0.5), ([0.5, -1.0, 2.0, 0.0], [0.5, 0.25, 2.0, 1.0])])
 def test_decode(shift, scale):
     """x = (z - shift) * scale is undone, in the batch's order; grey levels are rounded and clipped."""
     levels = (torch.arange(37 * 4 * 4).reshape(37, 4, 2, 2) - 100.0) * 0.9 + 0.03
     z, parts = levels / 127.5 - 1, []
     x = (z - torch.tensor(shift).reshape(-1, 1, 1)) * torch.tensor(scale).reshape(-1, 1, 1)
-    vae = SimpleNamespace(decode=lambda z: parts.append(len(z)) or SimpleNamespace(sample=z[:, :3]))
+    vae = SimpleNamespace(decode=lambda z: parts.append(z) or SimpleNamespace(sample=z[:, :3]))
     images = decode(vae, x.double(), shift, scale)
-    assert images.dtype == torch.uint8 and max(parts) <= 16
+    assert images.dtype == torch.uint8 and parts[0].dtype == torch.float32 and max(map(len, parts)) <= 16
     assert_array_equal(images, levels[:, :3].round().clamp(0, 255).permute(0, 2, 3, 1))
 
 

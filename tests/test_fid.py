@@ -278,7 +278,7 @@ def test_saved_references_and_their_statistics(capsys, sets, tmp_path, monkeypat
     for name, value in {**expected, "arr_0": reference[drawn]}.items():
         np.testing.assert_allclose(stored[name], value, rtol=1e-9, atol=1e-12)
         assert stored[name].dtype == value.dtype
-    metrics, _, stdout, _ = evaluate(capsys, root, "samples.npz", "--ref", file)
+    metrics, _, stdout, _ = evaluate(capsys, root, "samples.npy", "--ref", file)
     assert metrics == pytest.approx(part, rel=1e-6) and "19 images, stored statistics" in stdout
     metrics, _, stdout, _ = evaluate(capsys, root, "samples.npz", "--ref", form)
     count, expected_metrics = (60, whole) if form == "reference.npz" else (19, part)
