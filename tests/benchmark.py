@@ -9,7 +9,7 @@
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
 turns, ratios medians over pairs; no turn begins that would end after 8 minutes. Weights, latents and images
-are random. sample and extract are timed on some and on twice as many images, and subtracted.
+are random. sample and extract are timed on some images and on twice as many, and subtracted.
 """
 
 import argparse
@@ -348,9 +348,9 @@ def measure_fid(args, folder):
 def write_latents(folder):
     """Random moments and images, to be read by train.py."""
     random = np.random.default_rng(0)
-    np.save(folder / "moments.npy", random.random((512, 8, 32, 32), np.float32))
-    np.save(folder / "labels.npy", random.integers(1000, size=512))
-    np.save(folder / "images.npy", random.integers(0, 256, (512, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+    np.save(folder / "moments.npy", random.random((256, 8, 32, 32), np.float32))
+    np.save(folder / "labels.npy", random.integers(1000, size=256))
+    np.save(folder / "images.npy", random.integers(0, 256, (256, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
     write_json(folder / "latents.json", DATA)
 
 
@@ -371,7 +371,7 @@ def parse_args():
     cuda, parser = torch.cuda.is_available(), Parser(__doc__)
     add = parser.add_argument
     add("mode", choices=MODES)
-    add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="where to run")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="to run on")
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--methods", choices=PAPER, nargs="+", default=list(PAPER), help="of train")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of training")
