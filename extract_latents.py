@@ -226,7 +226,7 @@ def main():
     if already_complete(out, out / "latents.json", settings):
         return
 
-    rank, world_size, device = init_distributed(timedelta(days=2))
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     try:
         vae = load_vae(args.vae).to(device)
         shift, scale = latent_normalization(vae.config)
@@ -294,6 +294,7 @@ def run(main):
     try:
         main()
         if dist.is_initialized():
+            dist.barrier()  # one that ends amid an operation aborts
             dist.destroy_process_group()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
@@ -346,7 +347,7 @@ def read_ahead(read, items, threads=1):
             yield coming.popleft().result()
 
 
-def init_distributed(timeout=timedelta(minutes=15)):
+def init_distributed(backend=None, timeout=timedelta(minutes=15)):
     """(rank, number of processes, device), under torchrun or not. timeout: for a process that hangs."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
@@ -359,15 +360,15 @@ def init_distributed(timeout=timedelta(minutes=15)):
         return 0, 1, device
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store remembers what was before
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, rank=rank,
-                            world_size=world_size, store=dist.PrefixStore(f"start {restart}", store))
+    backend = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size,
+                            store=dist.PrefixStore(f"start {restart}", store))
     return rank, world_size, device
 
 
 def barrier():
-    """Wait for all processes."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        dist.barrier()
 
 
 def write_json(path, value):

@@ -432,7 +432,7 @@ def main():
     samples = Images(args.images, args.image_size if args.save_stats else None)
     sets = [Images(args.ref, args.image_size or samples.size[0]), samples] if args.ref else [samples]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # features off by 1e-3
-    rank, world_size, device = init_distributed(timedelta(days=2))
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     network, space = load_network(args, device)
 
     found = {}
@@ -444,9 +444,10 @@ def main():
             use_stored(found[images], images, space)
     if rank == 0 and args.save_stats:
         statistics = {name: x for name, x in found[samples].items() if name in STATISTICS}
+        drawn = samples.read(samples.drawn())
         with atomic_write(args.save_stats) as file:  # in ADM's format
-            np.savez(file, arr_0=samples.read(samples.drawn()), feature_space=space, **statistics)
-        print(f"{args.save_stats}: {len(samples.drawn()):,} images, statistics of {samples.count:,}, {space}")
+            np.savez(file, arr_0=drawn, feature_space=space, **statistics)
+        print(f"{args.save_stats}: {len(drawn):,} images, statistics of {samples.count:,}, {space}")
     elif rank == 0:
         report(args, samples, sets[0], found[samples], found[sets[0]], space, device)
 

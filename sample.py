@@ -115,10 +115,10 @@ def load_model(path, device="cpu"):
         checkpoint = load_checkpoint(path)
         weights = checkpoint.get("ema", checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
-        with torch.device("meta"):  # spends no time on initial weights
+        with torch.device("meta"):  # no initial weights
             model = build_model(settings)
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
-    except Exception as error:  # files, weights and settings can be wrong in many ways
+    except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA or SRA: {first_line(error)}")
     return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step")}
 
@@ -193,12 +193,12 @@ def main():
     if already_complete(out, record, settings):
         return
 
-    rank, world_size, device = init_distributed(timedelta(days=2))
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     try:
         vae = load_vae(args.vae).to(device)
         x = torch.zeros(1, *facts["latent_shape"], device=device)
         side = decode(vae, x, facts["shift"], facts["scale"]).shape[1]
-    except Exception as error:  # hub, config, weights, sizes: there are many
+    except Exception as error:  # hub, config, weights, sizes
         fail(f"the VAE {args.vae} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
     model = model.to(device)
     shapes = {"images": ((len(y), side, side, 3), "uint8")}

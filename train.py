@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from extract_latents import (Latents, Parser, atomic_write, barrier, check_same_settings, fail, first_line,
+from extract_latents import (Latents, Parser, atomic_write, check_same_settings, fail, first_line,
                              fraction, init_distributed, lock, nonnegative_int, positive_int, read_ahead,
                              run, write_json)
 from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, load_vae, patchify
@@ -383,7 +383,6 @@ def main():
             history, clock = [], time.perf_counter()
         if stop:
             break
-    barrier()
     if rank == 0:
         stopped = f", stopped by {' '.join(signals) or 'a signal'}; run the same command again to resume"
         print(f"{run_dir}: done at step {done}{stopped if done < args.max_steps else ''}")

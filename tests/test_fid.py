@@ -287,8 +287,13 @@ def test_saved_references_and_their_statistics(capsys, sets, tmp_path, monkeypat
     refused(capsys, "holds statistics of detector", root / "samples.npz", "--ref", file, "--detector", DEMO)
 
     np.savez(file, stored["arr_0"], mu=expected["mu"] + 2, sigma=expected["sigma"], **space)
-    metrics, *_ = evaluate(capsys, root, file, "--ref", form)
-    assert metrics["FID"] == pytest.approx(48 * 2**2, rel=1e-6) and "sFID" not in metrics
+    for pair in ((file, "--ref", form), (form, "--ref", file)):
+        metrics, *_ = evaluate(capsys, root, *pair)
+        assert metrics["FID"] == pytest.approx(48 * 2**2, rel=1e-6) and "sFID" not in metrics
+
+    file.unlink()
+    monkeypatch.setattr(fid, "init_distributed", lambda *_: (1, 2, torch.device("cpu")))
+    assert cli(capsys, "fid", *args)[:2] == (0, "") and not file.exists()  # the first process writes
 
 
 def test_only_references_in_folders_are_cropped(capsys, sets, tmp_path):
