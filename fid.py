@@ -411,19 +411,19 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("images", help="samples, or with --save-stats the images of a reference: .npz, .npy or folder")
-    add("--ref", help="reference to compare with: .npz, .npy or folder")
-    add("--save-stats", metavar="FILE.npz", help="write a reference: 10,000 images and statistics of all")
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--ref", help="reference to compare with: .npz, .npy or folder")
+    either("--save-stats", metavar="FILE.npz", help="write a reference: 10,000 images and statistics of all")
     add("--image-size", type=positive_int, help="side to which the images of a reference folder are cropped")
     add("--json", help="file to write the numbers to")
-    add("--weights", help=f"local file of {WEIGHTS} (default: downloaded once, by torch.hub)")
-    add("--detector", metavar="FILE.pt2", help="program that takes Inception's place, see above")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--weights", help=f"local file of {WEIGHTS} (default: downloaded once, by torch.hub)")
+    either("--detector", metavar="FILE.pt2", help="program that takes Inception's place, see above")
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--num-workers", type=positive_int, default=8, help="threads per device that read images")
     args = parser.parse_args()
-    if bool(args.ref) == bool(args.save_stats) or args.save_stats and not args.save_stats.endswith(".npz"):
-        fail("give either --ref, to compare, or --save-stats FILE.npz, to make a reference")
-    if args.weights and args.detector:
-        fail("--weights and --detector exclude each other; give one")
+    if args.save_stats and (args.json or not args.save_stats.endswith(".npz")):
+        fail("--save-stats takes the name of an .npz, and no --json")
     return args
 
 

@@ -41,10 +41,10 @@ def unpatchify(tokens, patch_size, channels):
 
 def patchify(x, patch_size):
     """Latent (B, C, H, W) -> tokens (B, N, p * p * C); the inverse of `unpatchify`."""
-    b, c, height, width = x.shape
-    p = patch_size
-    x = x.reshape(b, c, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (height // p) * (width // p), p * p * c)
+    b, c, height, _ = x.shape
+    side, p = height // patch_size, patch_size
+    x = x.reshape(b, c, side, p, side, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, side * side, p * p * c)
 
 
 class TimestepEmbedder(nn.Module):
@@ -219,11 +219,10 @@ class SiT(nn.Module):
 
     def initialize_weights(self):
         init_linears(self)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:  # adaLN-Zero: every block starts as the identity
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         zero_final_layer(self.final_layer)
@@ -321,7 +320,7 @@ def load_encoder(name, hub, image_size):
 def load_vae(name):
     """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub."""
     import diffusers  # slow to import, and not needed for training
-    import huggingface_hub
+    from huggingface_hub import errors, snapshot_download
 
     diffusers.utils.logging.set_verbosity_error()
     folder = Path(name)
@@ -330,8 +329,8 @@ def load_vae(name):
         files = ("config.json", "diffusion_pytorch_model.safetensors")
         files = ["/".join([*inside, file]) for file in files]
         try:
-            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files), *inside)
-        except huggingface_hub.utils.LocalEntryNotFoundError:
+            folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
+        except (errors.HFValidationError, errors.LocalEntryNotFoundError):
             raise ValueError("there is no such folder, and the hub was not reached") from None
     config = diffusers.AutoencoderKL.load_config(folder)
     vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)

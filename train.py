@@ -6,8 +6,8 @@
     L = mean (v_pred - v)^2 + lambda smooth_l1(x_pred, x; beta)   v_pred: last block, x_pred: block d  (7, 8)
 
 x is the VAE's latent, drawn from its posterior anew every step, shifted and scaled; t ~ U[0, 1]. REPA (arXiv
-2410.06940) and SRA (arXiv 2505.02831) are heads with other targets in the same loop. Each has a flag for its
-depth; 0 is off. Run the same command again to resume.
+2410.06940) and SRA (arXiv 2505.02831) are heads with other targets in the same loop. Run the same command
+again to resume.
 """
 
 import argparse
@@ -310,6 +310,7 @@ def prepare(args):
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         if state:
             ema.load_state_dict(state["ema"])
+            torch.optim.AdamW(model.parameters()).load_state_dict(state["opt"])  # only a check
             state = {"step": int(state["step"]), "opt": state["opt"]}
         if first and 0 < args.sample_every <= args.max_steps:
             path = latents.facts["vae"]

@@ -228,7 +228,7 @@ def test_decode(shift, scale):
     assert_array_equal(images, levels[:, :3].round().clamp(0, 255).permute(0, 2, 3, 1))
 
 
-def test_vae_of_the_hub_without_a_network(pictures, vae, whole, tmp_path):
+def test_vae_of_the_hub_without_a_network(capsys, pictures, vae, whole, tmp_path):
     """In the hub's cache it is found by its name; else one sentence, at once."""
     repo = tmp_path / "home" / "hub" / "models--owner--pipeline"
     for folder in (".", "vae"):
@@ -248,6 +248,7 @@ def test_vae_of_the_hub_without_a_network(pictures, vae, whole, tmp_path):
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True)
     assert run.returncode == 2 and time.time() - float(run.stdout.split()[-1]) < 10
     assert message(run.stderr).endswith(": there is no such folder, and the hub was not reached")
+    assert "there is no such folder" in refused(capsys, flags(pictures, tmp_path / "none", outs[2]))
     for name, out in zip(names[:2], outs):
         assert json.loads((out / "latents.json").read_text())["vae"] == name
         assert contents(out, "latents.json") == contents(whole, "latents.json")

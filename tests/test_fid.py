@@ -401,8 +401,9 @@ def test_bad_files(capsys, sets, tmp_path, monkeypatch, name, data, says):
 
 
 @pytest.mark.parametrize("args, says", [
-    ("", "either --ref"), ("--ref {ref} --save-stats x.npz", "either --ref"), ("--save-stats x.pkl", ".npz"),
-    ("--ref {ref} --weights w --detector d", "exclude each other"), ("--ref {ref} --reff x", "--reff"),
+    ("", "--ref --save-stats is required"), ("--ref {ref} --save-stats x.npz", "not allowed with"),
+    ("--save-stats x.pkl", ".npz"), ("--save-stats x.npz --json x.json", "no --json"),
+    ("--ref {ref} --weights w --detector d", "not allowed with"), ("--ref {ref} --reff x", "--reff"),
     *[(f"--ref {{ref}} --{flag} 0", flag) for flag in ("batch-size", "num-workers", "image-size")],
     *[(f"--ref {{ref}} --{flag} {file}", f"{file} cannot be loaded") for flag in ("weights", "detector")
       for file in ("missing", "code", "code.pt2")],
