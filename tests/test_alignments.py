@@ -9,8 +9,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, cli, process
-from test_train import assert_as_plain, assert_close_run, assert_same_run, fit, refused
+from conftest import ROOT, TINY, cli, drawn_numbers, process
+from test_train import (BATCH, SHARED, STEPS, assert_as_plain, assert_close_run, assert_same_run, fit,
+                        refused)
 
 import models
 import train
@@ -116,12 +117,18 @@ def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, da
     assert_as_plain(data, tmp_path / "whole", 2, models.Encoder(tiny_encoder(), 32))
 
 
-def test_two_processes_align_alike(capsys, data, hub, tmp_path):
-    """All three at once: one process gives the same run to rounding."""
-    common = (*flags_of(METHODS, hub), "--lr", 1e-3, "--max-steps", 4)
-    fit(capsys, data, tmp_path / "alone", *common)
-    process("train", *TINY, "--data", data, *common, "--run-dir", tmp_path / "pair", processes=2)
-    assert_close_run(tmp_path / "alone", tmp_path / "pair", 4)
+def test_processes_and_micro_batches_change_nothing(capsys, data, hub, tmp_path):
+    """Nor the mean over the images inside the interval, of all processes, nor the means in the log."""
+    times = torch.stack([drawn_numbers(1, step, BATCH, (4, 8, 8))[2] for step in range(STEPS)])
+    inside = [(half <= 0.5).sum().item() for half in times.view(-1, BATCH // 2)]  # of each process
+    assert 0 in inside and inside[::2] != inside[1::2]  # where a mean per process would go wrong
+    common = (*flags_of(METHODS, hub), *SHARED)
+    fit(capsys, data, tmp_path / "whole", *common)
+    fit(capsys, data, tmp_path / "micro", *common, "--micro-batch", 1)
+    pair = (*common, "--data", data, "--run-dir", tmp_path / "pair", "--micro-batch", 2)
+    process("train", *TINY, *pair, processes=2)
+    for name in ("micro", "pair"):
+        assert_close_run(tmp_path / "whole", tmp_path / name, STEPS)
 
 
 def test_weights_and_sras_schedule():

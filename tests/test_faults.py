@@ -16,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Killed, cli, message, process, write_set
 from PIL import Image
+from test_train import load, log
 from torch.distributed.run import get_args_parser
 
 import extract_latents
@@ -41,14 +41,6 @@ FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--state-every", 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("latents") / "set", count=160)
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def training(data, run, steps):
@@ -100,13 +92,11 @@ def slay(running):
 @contextlib.contextmanager
 def started(output, script, *args, processes=1, torchrun=()):
     """A command, running, with its words at the end of the file `output`; it does not outlive the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                  f"--master_port={free.getsockname()[1]}", *torchrun] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    command = [sys.executable, *(launch if processes > 1 else []), *map(str, (script, *args))]
     with open(output, "ab") as file:
-        running = subprocess.Popen([sys.executable, *launch, *map(str, (script, *args))], stdout=file,
-                                   stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        running = subprocess.Popen(command, stdout=file, stderr=file,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     running.output = output
     try:
         yield running
@@ -404,7 +394,6 @@ FOLDER, GONE, OBJECTS = object(), object(), np.array([Code()] * 12, object)
 CODE, TORCH_CODE, ARRAY_CODE, NPZ_CODE = map(packed, (
     lambda file: pickle.dump([Code()], file), lambda file: torch.save({"ema": {}, "opt": Code()}, file),
     lambda file: np.save(file, OBJECTS), lambda file: np.savez(file, arr_0=OBJECTS)))
-STATISTICS_CODE = packed(lambda file: np.savez(file, arr_0=np.zeros((12, 32, 32, 3), np.uint8), mu=OBJECTS))
 
 M, L, A = "latents/moments.npy", "latents/labels.npy", "latents/latents.json"
 STATE, IMAGE, OUT, X = "out/run/state.pt", "images/class0/00.png", "out/a.npz", "out/latents.partial/"
@@ -413,7 +402,8 @@ CODE_VAE = {f"{VAE}.safetensors": [GONE], f"{VAE}.bin": [TORCH_CODE]}
 FACTS = [torch_file("model.pt", "settings", "data", **{key: [3, "x"]})
          for key in ("vae", "shift", "latent_shape")]
 BAD = [  # command and flags, what the sentence says, {file: what is put there, a case each}, largest file
-    ("train", "no latents at", {"latents": ["x"]}),
+    ("train", "python tests/demo.py", {"latents": ["x", GONE]}),
+    ("train", "patch size 4", {M: [array(lambda x: x[:, :, :6, :6])]}),
     ("train", "cannot be used", {M: [
         copy(L), FOLDER, ARRAY_CODE, array(lambda x: x.astype("U3")), array(lambda x: x.astype(complex)),
         array(np.float64), array(np.asfortranarray), array(lambda x: x[:, :, :4]), array(lambda x: x[:, :7]),
@@ -456,15 +446,9 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("extract_latents", "latents.partial is damaged", {
         X + "moments.npy": [lambda path: path.write_bytes(path.read_bytes()[:-100])]}),
     ("extract_latents", "settings.json", {X + "settings.json": ["[]"]}),
-    ("fid --ref model.pt", "model.pt", {}),
     ("fid --ref x.npz", "x.npz", {"x.npz": [copy("model.pt")]}),
-    ("fid --ref latents/moments.npy", "moments.npy", {}),
     ("fid --ref latents/labels.npy", "labels.npy", {}),
-    ("fid", "samples.npz", {"samples.npz": [NPZ_CODE, STATISTICS_CODE]}),
     ("fid --ref images", "00.png", {IMAGE: [bomb]}),
-    ("fid_inception --weights w.pth", "w.pth", {"w.pth": [TORCH_CODE]}),
-    ("fid_inception --weights vae", "vae", {}),
-    ("fid --detector d.pt2", "d.pt2", {"d.pt2": [TORCH_CODE]}),
     ("fid --detector model.pt", "model.pt", {}),
     ("fid --json out/a.json", "a.json", {"out/a.json": [FOLDER]}),
     ("fid_stats", "b.npz", {"out/b.npz": [FOLDER]}),
@@ -482,8 +466,7 @@ COMMANDS = {
     "sample": "--ckpt model.pt --num-samples 4 --num-steps 2 --out out/a.npz",
     "extract_latents": "--images images --vae vae --image-size 32 --num-workers 1 --out out/latents",
     "fid": "samples.npz --ref samples.npz --detector detector.pt2 --num-workers 1",
-    "fid_stats": "samples.npz --save-stats out/b.npz --detector detector.pt2 --num-workers 1",
-    "fid_inception": "samples.npz --ref samples.npz --num-workers 1"}
+    "fid_stats": "samples.npz --save-stats out/b.npz --detector detector.pt2 --num-workers 1"}
 
 
 @pytest.fixture
@@ -525,7 +508,7 @@ def under_final_names():
 def test_bad_input(capsys, inputs, monkeypatch, case):
     command, says, changes, *limit = case
     kind, *flags = command.split()
-    script, args = kind.removesuffix("_stats").removesuffix("_inception"), [*COMMANDS[kind].split(), *flags]
+    script, args = kind.removesuffix("_stats"), [*COMMANDS[kind].split(), *flags]
     if any(".partial/" in name for name in changes):  # it was killed there
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(extract_latents.ResumableArrays, "write", Mock(side_effect=Killed))
@@ -539,8 +522,7 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2, err
-    said = message("\n".join(line for line in err.split("\n") if not line.startswith("fid.py: warning: ")))
-    assert said.startswith(f"{script}.py: error: ") and says in said
+    assert (said := message(err)).startswith(f"{script}.py: error: ") and says in said
     assert under_final_names() == before and not Path("ran").exists()
 
 

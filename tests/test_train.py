@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Killed, cli, drawn_numbers, drawn_rows, message, process, write_set
+from conftest import TINY, Killed, cli, drawn_numbers, drawn_rows, message, write_set
 from PIL import Image
 
 import sample
@@ -73,9 +73,6 @@ def assert_close_run(run, other, steps):
         assert (one - two).abs().max() <= 1e-3 * one.abs().max(), name
         # a weight moves up to 1e-3 a step
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=3e-4, msg=name)
-
-
-# A plain loop
 
 
 def distance(a, b, kind="smooth_l1", beta=0.05):
@@ -203,9 +200,6 @@ def test_losses_of_bf16_predictions(objective):
         torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-6)
 
 
-# One run, and runs that must be the same
-
-
 STEPS, BATCH = 9, 8
 SHARED = ("--batch-size", BATCH, "--seed", 1, "--lr", 1e-3, "--vae-repa-depth", 2,
           "--vae-repa-interval", 0, 0.5, "--ckpt-every", 3, "--state-every", 2, "--max-steps", STEPS)
@@ -216,18 +210,6 @@ def whole(tmp_path_factory, data):
     """An undisturbed run."""
     fit(None, data, run := tmp_path_factory.mktemp("whole"), *SHARED)
     return run
-
-
-def test_processes_and_micro_batches_change_nothing(capsys, whole, data, tmp_path):
-    """Not the mean over the images inside the interval, of all processes, nor the means in the log."""
-    times = torch.stack([drawn_numbers(1, step, BATCH, (4, 8, 8))[2] for step in range(STEPS)])
-    inside = [(half <= 0.5).sum().item() for half in times.view(-1, BATCH // 2)]  # of each process
-    assert 0 in inside and inside[::2] != inside[1::2]  # where a mean per process would go wrong
-    common = (*TINY, *SHARED, "--data", data)
-    process("train", *common, "--run-dir", tmp_path / "pair", "--micro-batch", 2, processes=2)
-    assert_close_run(whole, tmp_path / "pair", STEPS)
-    fit(capsys, data, tmp_path / "micro", *SHARED, "--micro-batch", 1)
-    assert_close_run(whole, tmp_path / "micro", STEPS)
 
 
 def test_a_killed_run_resumes_to_the_bit(capsys, monkeypatch, whole, data, tmp_path):
@@ -377,21 +359,6 @@ def test_bad_flags(capsys, data, tmp_path, flags, says):
 def test_a_batch_of_4_cannot_be_shared(capsys, monkeypatch, data, tmp_path, processes, micro_batch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert f"{processes} process" in refused(capsys, data, tmp_path, "--micro-batch", micro_batch)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("damage, says", [
-    (shutil.rmtree, "tests/demo.py"), (lambda f: truncate(f / "latents.json"), "cannot be used"),
-    (lambda f: f.rename(f"{f}.partial"), "unfinished"),
-    (lambda f: shutil.rmtree(f) or write_set(f, size=6), "patch size 4")])
-def test_latents_that_are_missing_or_damaged(capsys, data, tmp_path, damage, says):
-    shutil.copytree(data, tmp_path / "latents")
-    damage(tmp_path / "latents")
-    said = refused(capsys, tmp_path / "latents", tmp_path / "run")
-    assert says in said and not (tmp_path / "run").exists()
 
 
 def test_what_disagrees_with_the_run_and_what_may(capsys, whole, data, tmp_path):
