@@ -7,7 +7,7 @@ makes the folder --out, which gets its name when it is complete:
     moments.npy  (N, 2C, H, W)  float16: mean and std of each image's posterior, before shift and scale
     labels.npy   (N,)           int64: the index of the image's class folder in sorted order
     images.npy   (N, S, S, 3)   uint8: with --store-images, the cropped images, for REPA's encoder
-    latents.json                VAE, shift, scale, number of classes, origin
+    latents.json                VAE, shift, scale, number of classes
 
 train.py draws z ~ N(mean, std) anew every step and trains on x = (z - shift) * scale. If interrupted, run
 the same command again.
@@ -52,7 +52,7 @@ def center_crop(image, size):
 def load_image(path, size=None):
     """An image file as uint8 RGB (H, W, 3), upright by its EXIF tag; given a size, its crop (size, size, 3).
 
-    Alpha is dropped and grey, palette and CMYK are converted as ADM's loader does it, by PIL.
+    Alpha is dropped, and other modes are converted by PIL, as in ADM.
     """
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -68,7 +68,7 @@ def load_batch(files, size=None):
     for file in files:
         try:
             images.append(load_image(file, size))
-        except Exception as error:  # PIL raises many kinds; one bad file must not stop a million good ones
+        except Exception as error:  # PIL raises many kinds; one bad file must not stop the others
             errors.append(f"{file} ({first_line(error)})")
     return images, errors
 
@@ -90,7 +90,7 @@ def list_images(root):
 
 
 class ResumableArrays:
-    """Arrays that several processes fill in batches of rows; a command that was killed, run again, goes on.
+    """Arrays that several processes fill in batches of rows; after a kill, the same command goes on.
 
     In the folder OUT.partial: NAME.npy, allocated in full; done.npy, 1 for each row that is on disk; and
     settings.json, what decides the rows. shapes: {name: (shape, dtype)}.
@@ -123,7 +123,7 @@ class ResumableArrays:
     def batches(self, batch_size, rank=0, world_size=1):
         """This process's share of the batches to do: ranges of rows, cut at multiples of batch_size."""
         done = self.load("done").copy()
-        barrier()  # all have read it before any writes
+        barrier()  # before any writes
         starts = [i for i in range(0, len(done), batch_size) if not done[i : i + batch_size].all()]
         return [range(i, min(i + batch_size, len(done))) for i in starts[rank::world_size]]
 
@@ -177,7 +177,7 @@ class Latents:
             np.broadcast_to(self.shift + self.scale, (channels // 2, 1, 1))  # one value, or one per channel
             if not np.isfinite(self.shift + self.scale).all() or self.scale.min() <= 0:
                 raise ValueError("shift must be finite, and scale above 0")
-        except Exception as error:  # files and JSON can be wrong in many ways
+        except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
                  "extract them again, for REPA with --store-images")
 
@@ -193,7 +193,7 @@ class Latents:
 
 
 def read_rows(array, rows):
-    """array[rows] of a memory-mapped array, by system calls: a page fault would hold the other threads up."""
+    """array[rows] of a memory-mapped array, by system calls: a page fault would hold the GIL."""
     found = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb") as file:
         for buffer, row in zip(found, rows):
@@ -234,7 +234,7 @@ def main():
         side = decode(vae, moments.chunk(2, dim=1)[0], shift, scale).shape[1]
         if side != size:
             raise ValueError(f"it gives back {side} pixels; take a multiple of what a latent pixel covers")
-    except Exception as error:  # hub, config, weights, sizes: there are many
+    except Exception as error:  # hub, config, weights, sizes
         fail(f"--vae {args.vae} cannot be used with --image-size {size}: {first_line(error)}")
     shapes = {"moments": ((count, *moments.shape[1:]), "float16")}
     if args.store_images:
@@ -263,8 +263,7 @@ def main():
     with atomic_write(arrays.folder / "labels.npy") as file:
         np.save(file, np.array(labels, np.int64))
     write_json(arrays.folder / "latents.json", {
-        **settings, "images": str(Path(args.images).resolve()), "shift": shift, "scale": scale,
-        "num_classes": len(classes), "class_names": classes})
+        **settings, "shift": shift, "scale": scale, "num_classes": len(classes), "class_names": classes})
     os.replace(arrays.folder, out)
     for name in ("done.npy", "settings.json", "lock"):
         (out / name).unlink()
@@ -280,9 +279,9 @@ def first_line(error):
     return next((line for line in lines if line and line[-1] != ":"), type(error).__name__)[:300]
 
 
-def fail(message, status=2):
+def fail(message, status=2, wait=False):
     """Print one sentence on stderr and exit."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first process speaks; torchrun then ends the others
+    if wait or int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first speaks; torchrun then ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar's line
@@ -298,6 +297,10 @@ def run(main):
             dist.destroy_process_group()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        fail("another process has ended", wait=True)
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 

@@ -2,11 +2,10 @@
 
     python fid.py SAMPLES.npz --ref VIRTUAL_imagenet256_labeled.npz   # or with torchrun
     python fid.py --save-stats ref.npz IMAGES --image-size 256        # make a reference, ADM's reads it too
-    python fid.py SAMPLES.npz --ref IMAGES --detector FILE.pt2        # other features: no ImageNet FIDs
 
 SAMPLES, IMAGES and --ref are each an .npz (arr_0) or .npy of uint8 images (N, H, W, 3), or a folder of
 images, read in a fixed shuffled order. Statistics in an .npz (mu, sigma, mu_s, sigma_s) are used in the place
-of its images' own. Only a reference is cropped, as ADM crops.
+of its images' own. Only a reference folder is cropped, as ADM crops.
 
 --detector is a program of torch.export from uint8 images (B, 3, H, W) to a dict of "features" (B, D) and, if
 it has them, "spatial" (B, S) and "logits" (B, C). Without logits there is no IS, without spatial no sFID.
@@ -166,8 +165,8 @@ class Mixed(nn.Module):
 class InceptionV3(nn.Module):
     """The Inception of 2015-12-05 that FID is defined by, with the weights of the file WEIGHTS (472 tensors).
 
-    Images (N, 3, H, W) in [0, 255] -> pool features (N, 2048), ADM's spatial features (N, 2023), class
-    probabilities (N, 1008). Unlike torchvision's network, its average pooling leaves the padding out, and
+    Images (N, 3, H, W) in [0, 255] -> {"features": pooled (N, 2048), "spatial": ADM's (N, 2023), "logits":
+    (N, 1008)}. Unlike torchvision's network, its average pooling leaves the padding out, and
     Mixed_7c pools by a maximum (mseitzer/pytorch-fid, inception.py).
     """
 
@@ -207,7 +206,8 @@ class InceptionV3(nn.Module):
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # ADM's mixed_6/conv is the 1x1 branch; NHWC
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
         pool = x.mean((2, 3))
-        return pool, spatial, F.linear(pool, self.fc.weight).softmax(1)  # ADM leaves the bias out
+        logits = F.linear(pool, self.fc.weight)  # ADM leaves the bias out
+        return {"features": pool, "spatial": spatial, "logits": logits}
 
 
 def load_network(args, device):
@@ -264,10 +264,13 @@ class Images:
                 self.array = map_array(self.path)
                 self.count, *self.size, channels = self.array.shape
                 if self.array.dtype != np.uint8 or channels != 3 or not self.array.flags.c_contiguous:
-                    raise ValueError(f"{self.array.dtype} {self.array.shape} is not uint8 (N, H, W, 3)")
+                    raise ValueError(f"{self.array.dtype} {self.array.shape} is not uint8 NHWC in C order")
+                if crop and crop != self.size[0]:
+                    raise ValueError(f"its images have {self.size[0]} pixels, not {crop}")
                 if self.path.suffix == ".npz":
                     with np.load(path) as archive:
-                        self.stored = {name: archive[name] for name in archive if name != "arr_0"}
+                        names = (*STATISTICS, "feature_space")
+                        self.stored = {name: archive[name] for name in names if name in archive}
             if self.count < 4:
                 raise ValueError("a third nearest neighbour takes 4")
         except Exception as error:  # file, zip, header, pickle and PIL errors have no common class
@@ -315,8 +318,6 @@ def run_network(network, images, device):
     """
     try:
         outputs = network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
-        if isinstance(network, InceptionV3):
-            outputs = dict(zip(("features", "spatial", "probabilities"), outputs))
         outputs = {name: x.float() for name, x in outputs.items()}
         if any(x.ndim != 2 or len(x) != len(images) for x in (outputs["features"], *outputs.values())):
             raise ValueError("outputs must be (B, D)")
@@ -431,13 +432,13 @@ def main():
     args = parse_args()
     samples = Images(args.images, args.image_size if args.save_stats else None)
     sets = [Images(args.ref, args.image_size or samples.size[0]), samples] if args.ref else [samples]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # features off by 1e-3
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # moves features by 1e-3
     rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     network, space = load_network(args, device)
 
     found = {}
     for images in sets:
-        draw = args.save_stats or images is not samples and images.path.suffix != ".npz"
+        draw = args.save_stats or (images is not samples and images.path.suffix != ".npz")
         keep = images.drawn() if draw else np.arange(images.count)
         found[images] = compute_features(network, images, keep, args, rank, world_size, device)
         if args.ref:

@@ -109,7 +109,7 @@ def load_checkpoint(path):
         return {**torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
 
 
-def load_model(path, device="cpu"):
+def load_model(path):
     """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
     try:
         checkpoint = load_checkpoint(path)
@@ -120,7 +120,7 @@ def load_model(path, device="cpu"):
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
     except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA or SRA: {first_line(error)}")
-    return model.float().to(device).eval(), {**settings, "step": checkpoint.get("step")}
+    return model.float().eval(), {**settings, "step": checkpoint.get("step")}
 
 
 def published_settings(weights):

@@ -279,7 +279,7 @@ def test_two_processes(capsys, data, tmp_path):
         wait_for_steps(run, running, 3)
         os.kill(worker(running, 0), signal.SIGKILL)
         assert running.wait(60) == 1
-    assert output.read_text().count(" from step ") == 2
+    assert output.read_text().count(" from step ") == 2 and "by peer" not in output.read_text()
     (line,) = (line for line in output.read_text().splitlines() if "train.py: error: " in line)
     assert re.search(rf"not finite at step {NAN_STEP}\b", line), line
     assert newest_step(run) == NAN_STEP // STATE_EVERY * STATE_EVERY - STATE_EVERY

@@ -61,7 +61,8 @@ def test_inception_has_the_released_tensors_and_numbers(inception, monkeypatch, 
     assert sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest() == RELEASED
 
     x = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 64, 64))).to(torch.uint8)
-    pool, spatial, probabilities = (y.cpu() for y in network(x.to(device)))
+    pool, spatial, logits = (y.cpu() for y in network(x.to(device)).values())
+    probabilities = logits.softmax(1)
     assert pool[1, [0, 1, 2047]].tolist() == pytest.approx([0.360482, 0.0869078, 0.543508], rel=2e-4)
     assert [pool.mean().item(), pool.std().item()] == pytest.approx([9.04595, 12.65094], rel=1e-4)
     assert spatial[1, [0, 1, 700, 2022]].tolist() == pytest.approx([0, 0, 7.91232, 2.91032], rel=2e-4)
@@ -312,6 +313,9 @@ def test_only_references_in_folders_are_cropped(capsys, sets, tmp_path):
         assert np.array_equal(reference["arr_0"], cropped)
     compare = (root / "samples.npz", "--ref", folder, *detector)
     refused(capsys, "(1, 24, 24, 3)", *compare, "--image-size", 24)
+    for args in (("samples.npy", "--ref", "reference.npz"), ("reference.npz", "--save-stats", "x.npz")):
+        args = [root / x if "." in x else x for x in args]
+        refused(capsys, "images have 32 pixels, not 24", *args, "--image-size", 24, *detector)
     refused(capsys, "pixels, and others", folder, "--ref", folder, "--image-size", 32, "--detector", DEMO)
     files[-1].write_bytes(files[-1].read_bytes()[:-40])
     refused(capsys, f"{folder}: cannot be used: {files[-1]} (", *compare)
@@ -351,9 +355,10 @@ def test_inception_by_command(capsys, sets, inception, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", "")
     refused(capsys, f"{fid.ADM_INCEPTION}, not of Inception with weights {digest[:16]}", *compare)
 
-    r, s = (network(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (reference[:4], samples[:5]))
+    r, s = (list(network(torch.from_numpy(x).permute(0, 3, 1, 2)).values())
+            for x in (reference[:4], samples[:5]))
     written = json.loads((tmp_path / "out.json").read_text())
-    metrics = [1, 2, inception_score(s[2]), *precision_recall(r[0], s[0])]
+    metrics = [1, 2, inception_score(s[2].softmax(1)), *precision_recall(r[0], s[0])]
     assert [written[name] for name in METRICS] == pytest.approx(metrics, rel=1e-5)
     computed = [x for features in s[:2] for x in statistics(features.double().numpy())]
     for found, expected in zip(sum(given, ()), [*computed[:2], stored["mu"], stored["sigma"], *computed[2:],
