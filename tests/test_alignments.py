@@ -43,9 +43,6 @@ def flags_of(methods, hub):
     return [*off, *(word for name in methods for word in METHODS[name]), "--repa-hub", hub]
 
 
-# REPA's encoder
-
-
 def test_preprocessing_by_hand():
     """uint8 / 255, ImageNet's mean and std, then to 7/8, bicubic (a = -0.75, half-pixel centres)."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -96,9 +93,6 @@ def test_the_encoders_tokens(monkeypatch, hub, tmp_path):
     monkeypatch.setattr(torch.hub, "load", lambda *names, **how: asked.append((names, how)) or network)
     assert models.load_encoder("dinov2_vitb14", None, 32).dim == 32
     assert asked == [(("facebookresearch/dinov2", "dinov2_vitb14"), {"verbose": False})]
-
-
-# Training
 
 
 @pytest.mark.parametrize("methods", [m for n in range(4) for m in combinations(METHODS, n)], ids="+".join)
@@ -198,9 +192,6 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, hub, tmp_path):
         for name in ("denoising", *METHODS):
             assert a[name] == pytest.approx(b[name], rel=0.03, abs=0.01), name
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["ema"].values())
-
-
-# Bad input
 
 
 @pytest.mark.parametrize("flags, says", [

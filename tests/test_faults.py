@@ -326,7 +326,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_others(data, tmp_path, rank, numbe
                       "train.init_distributed = functools.partial(train.init_distributed, timeout="
                       f"datetime.timedelta(seconds={limit}))\ntrain.run(train.main)\n")
     with started(tmp_path / "out.txt", script, *training(data, run, 100_000), processes=2) as running:
-        wait_for_steps(run, running, 3)
+        wait_for_steps(run, running, STATE_EVERY + 1)
         other, everyone, since = worker(running, 1 - rank), family(running.pid), time.time()
         os.kill(worker(running, rank), number)
         wait_until(lambda: gone([other]) or other not in family(running.pid), running, 60)

@@ -325,10 +325,8 @@ def test_settings_that_matter(capsys, monkeypatch, whole, data):
         assert change[0][2:].replace("-", "_") in said and str(change[-1]) in said and str(whole) in said
 
 
-# Bad input: one sentence, exit status 2, and nothing is written
-
-
 def refused(capsys, data, run, *flags):
+    """The one sentence on bad input, which writes nothing."""
     before = contents(run)
     common = (*TINY, "--max-steps", 2, "--data", data, "--run-dir", run)
     status, _, stderr = cli(capsys, "train", *common, *flags)
