@@ -293,7 +293,7 @@ def test_another_vae(run, vae, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad attribute of")  # by torch's compiler
+@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad", "ignore:Skip")  # the compiler
 def test_compiled_samples_are_the_same(run, monkeypatch):
     """Every block, for each size of batch: guided or not, and the short one at the end; not for grids."""
     layer, hows = torch.nn.Module, []

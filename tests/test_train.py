@@ -283,7 +283,7 @@ def test_grids_are_drawn_by_the_ema(capsys, latents, vae, tmp_path, dropout):
     assert (status, "--label-dropout 0" in stderr) == ((0, False) if dropout else (2, True)), stderr
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad attribute of")  # by torch's compiler
+@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad", "ignore:Skip")  # the compiler
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_compiled_training_is_the_same_run(capsys, whole, data, tmp_path):
     _, state = fit(capsys, data, tmp_path / "run", *SHARED, "--compile")
