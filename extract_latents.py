@@ -279,17 +279,17 @@ def first_line(error):
     return next((line for line in lines if line and line[-1] != ":"), type(error).__name__)[:300]
 
 
-def fail(message, status=2, wait=False):
+def fail(message, status=2):
     """Print one sentence on stderr and exit."""
-    if wait or int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first speaks; torchrun then ends the others
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first process speaks; torchrun then ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar's line
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar
     sys.exit(status)
 
 
 def run(main):
-    """Run a script's main; what the system refuses, such as a full disk, is one sentence too."""
+    """Run a script's main; what the system refuses, as a full disk, is one sentence."""
     try:
         main()
         if dist.is_initialized():
@@ -298,9 +298,10 @@ def run(main):
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        fail("another process has ended", wait=True)
+        if "by peer" in str(error):
+            sys.stderr.write("another process ended or cannot be reached\n")
+            os._exit(2)
+        raise
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 
