@@ -244,16 +244,17 @@ def main():
     batches = arrays.batches(args.batch_size, rank, world_size)
     loaded = read_ahead(lambda rows: load_batch([files[i] for i in rows], size), batches, args.num_workers)
     progress = tqdm(batches, f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
-    everyones = [[]] * world_size
+    bad = []
     for rows, (images, errors) in zip(progress, loaded):
-        everyones[rank] = everyones[rank] + errors
+        bad += errors
         if not errors:
             images = np.stack(images)
             x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
             values = {"images": images} if args.store_images else {}
             arrays.write(rows, moments=encode(vae, x).cpu(), **values)
+    everyones = [bad] * world_size
     if world_size > 1:
-        dist.all_gather_object(everyones, everyones[rank])
+        dist.all_gather_object(everyones, bad)
     if bad := sum(everyones, []):
         fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
              f"command again, or remove them and {arrays.folder})")

@@ -65,7 +65,7 @@ def inception_score(probabilities, split_size=5000):
 
 
 def precision_recall(reference, samples, k=3, block=2000):
-    """(precision, recall) of features (N, D) and (M, D), as floats (Kynkäänniemi et al. 2019, Eq. 1 and 2).
+    """(precision, recall) of features (N, D) and (M, D), floats (Kynkäänniemi et al. 2019, Eq. 1 and 2).
 
     A set's manifold is the union of balls around its points that reach their k-th neighbour. Precision is the
     share of samples in the reference's manifold, recall the share of the reference in the samples'.
@@ -131,7 +131,7 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Chains of convolutions beside a pooling branch, concatenated; names as in torchvision.
 
-    chains: name -> [(channels, kernel), …]; two kernels are convolutions a and b of the same input. The last
+    chains: name -> [(channels, kernel), …]; two kernels: convolutions a and b of the same input. The last
     convolution of each chain has the stride.
     """
 
