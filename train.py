@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import signal
 import time
 from pathlib import Path
@@ -185,6 +186,21 @@ def save(path, checkpoint):
         torch.save(checkpoint, file)  # tensors, numbers, dicts: loads weights-only
 
 
+def start_wandb(args, settings):
+    """Weights & Biases' module, with one W&B run for a run's folder and all its resumes."""
+    try:
+        import wandb  # optional
+
+        path = Path(args.run_dir, "wandb_id.json")
+        if not path.exists():
+            write_json(path, secrets.token_hex(4))
+        wandb.init(project=args.wandb, id=json.loads(path.read_text()), name=path.parent.name, resume="allow",
+                   config=settings, dir=args.run_dir)
+        return wandb
+    except Exception as error:
+        fail(f"--wandb {args.wandb}: {first_line(error)} (it needs `pip install wandb` and `wandb login`)")
+
+
 signals = []  # names of those received
 
 
@@ -243,6 +259,7 @@ def parse_args():
     add("--ckpt-every", type=positive_int, default=50_000, help="steps between numbered checkpoints")
     add("--state-every", type=positive_int, default=10_000, help="steps between rewrites of state.pt")
     add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0 is off")
+    add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
     args = parser.parse_args()
 
     size = args.model.split("-")[1].split("/")[0]
@@ -266,7 +283,7 @@ def parse_args():
 
 # flags that a resume may change; of --data, the facts are compared and not the path
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "repa_hub")
+        "sample_every", "repa_hub", "wandb")
 
 
 def default_run_dir(args, parser):
@@ -329,6 +346,7 @@ def main():
     facts, run_dir, start = latents.facts, Path(args.run_dir), state["step"] if state else 0
 
     rank, world_size, device = init_distributed()
+    wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, encoder, vae)):
         module.to(device)
     optimizer = torch.optim.AdamW(raw_model.parameters(), args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -371,6 +389,8 @@ def main():
             if rank == 0:
                 with open(run_dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
+                if wandb:
+                    wandb.log(line, step=done)
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
             checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
@@ -379,7 +399,10 @@ def main():
             checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
             save(run_dir / "state.pt", checkpoint)
         if rank == 0 and draw:
-            draw_grid(ema, vae, facts, args, run_dir / "samples" / f"{done:07d}.png")
+            grid = run_dir / "samples" / f"{done:07d}.png"
+            draw_grid(ema, vae, facts, args, grid)
+            if wandb:
+                wandb.log({"samples": wandb.Image(str(grid))}, step=done)
         if log:
             history, clock = [], time.perf_counter()
         if stop:

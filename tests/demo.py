@@ -1,60 +1,114 @@
-"""The whole pipeline on drawn images, on a CPU with 2 cores and no network, in a few minutes:
+"""The whole pipeline on drawn images, on a CPU with 2 cores and no network, in about three minutes:
 
-    python tests/demo.py
+    python tests/demo.py              # plain SiT and SiT + VAE-REPA with the same seed, side by side
+    python tests/demo.py --seeds 5    # both with five seeds: which difference is chance, and which is not
 
-draws images, encodes them, trains plain SiT and SiT + VAE-REPA with the same seed, samples from both and
-measures the samples. Everything goes to runs/demo. It only calls the scripts that a user would call, and
-prints each command first.
+draws images, encodes them, trains, samples, and measures the samples, all by the commands that a user would
+give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again.
 """
 
+import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = Path("runs/demo")
-STEPS = 1800
-METHODS = {"SiT-Ti/2": 0, "SiT-Ti/2 + VAE-REPA": 2}  # alignment depth
+METRICS = {"denoising": "denoising loss", "FID": "Fréchet distance", "sFID": "of spatial features", "IS": "IS",
+           "Precision": "precision", "Recall": "recall"}
+LOWER_IS_BETTER = ("denoising", "FID", "sFID")
+CAPTION = """
+Denoising loss: the mean of the last 100 training steps. The others: 500 samples without guidance against the
+images trained on, in the feature space of a small classifier of their ten classes (tests/data/detector.pt2):
+no number here is an FID on ImageNet. ± is the standard deviation over seeds; differences are within a seed.
+"""
 
 
-def run(*command):
-    print(f"\n$ python {shlex.join(map(str, command))}", flush=True)
-    if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-        sys.exit(status)
+def run(command, log=None):
+    """Run a script; where two run side by side, its output is added to the file `log`."""
+    command, options = [str(word) for word in command], {}
+    tqdm.write(f"$ python {shlex.join(command)}")
+    if log:
+        threads = max((os.cpu_count() or 1) // 2, 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        options = {"env": environment, "stdout": open(log, "a"), "stderr": subprocess.STDOUT}
+    if subprocess.run([sys.executable, *command], cwd=ROOT, **options).returncode:
+        sys.exit(f"{command[0]} failed" + (f": {log.read_text().splitlines()[-1]} ({log})" if log else ""))
+
+
+def experiment(args, data, folder, seed, depth):
+    """Train, draw a grid, sample and measure: {metric: value}."""
+    checkpoint, log = folder / "checkpoints" / f"{args.steps:07d}.pt", ROOT / folder / "output.txt"
+    metrics, draw = checkpoint.with_suffix(".json"), ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    run(("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model, "--seed", seed,
+         "--vae-repa-depth", depth, "--max-steps", args.steps, "--batch-size", 32, "--lr", 2e-3,
+         "--ema-decay", 0.99, "--sample-every", max(args.steps // 3, 1)), log)
+    run((*draw, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5), log)
+    run((*draw, "--seed", seed, "--num-steps", 30, "--num-samples", 500), log)
+    run(("fid.py", checkpoint.with_suffix(".npz"), "--ref", data / "images", "--json", metrics,
+         "--detector", "tests/data/detector.pt2", "--num-workers", 1), log)
+    return {**last_log(folder), **json.loads((ROOT / metrics).read_text())}
+
+
+def last_log(folder):
+    log = ROOT / folder / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1]) if log.exists() else {"step": 0}
+
+
+def table(model, plain, aligned):
+    """Both methods' metrics, one dict a seed, as a Markdown table."""
+    plain, aligned = ([[metrics[key] for key in METRICS] for metrics in method] for method in (plain, aligned))
+    plain, aligned = np.array(plain), np.array(aligned)  # (seeds, metrics)
+    rows = {model: plain, f"{model} + VAE-REPA": aligned, "difference": aligned - plain}
+    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    several = len(plain) > 1
+    for name, values in rows.items():
+        cells = [f"{mean:.4f}" for mean in values.mean(axis=0)]
+        if several:
+            cells = [f"{cell} ± {std:.4f}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if several:
+        sign = [-1 if key in LOWER_IS_BETTER else 1 for key in METRICS]
+        better = ((aligned - plain) * sign > 0).sum(axis=0)
+        lines.append("| VAE-REPA better in | " + " | ".join(f"{n} of {len(plain)}" for n in better) + " |")
+    return "\n".join(lines)
 
 
 def main():
-    started, table, pictures = time.perf_counter(), [], []
-    run("tests/data/draw_images.py", RUNS / "images", "--count", 2000, "--size", 64)
-    run("extract_latents.py", "--images", RUNS / "images", "--out", RUNS / "latents",
-        "--vae", "tests/data/vae", "--image-size", 64, "--num-workers", 1)
-    for method, depth in METHODS.items():
-        folder = RUNS / f"depth-{depth}"
-        checkpoint = folder / "checkpoints" / f"{STEPS:07d}.pt"
-        run("train.py", "--data", RUNS / "latents", "--run-dir", folder, "--model", "SiT-Ti/2",
-            "--vae-repa-depth", depth, "--max-steps", STEPS, "--batch-size", 32, "--lr", 2e-3,
-            "--ema-decay", 0.99, "--log-every", 100, "--sample-every", 900)
-        ode = ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
-        run(*ode, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png")
-        run(*ode, "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz")
-        run("fid.py", folder / "500.npz", "--ref", RUNS / "images", "--detector", "tests/data/detector.pt2",
-            "--num-workers", 1, "--json", folder / "500.json")
-        loss = json.loads((ROOT / folder / "log.jsonl").read_text().splitlines()[-1])
-        metrics = json.loads((ROOT / folder / "500.json").read_text())
-        cells = (metrics[key] for key in ("FID", "sFID", "IS", "Precision", "Recall"))
-        table.append([method, f"{loss['denoising']:.4f}", *(f"{cell:.3f}" for cell in cells)])
-        pictures.append(f"{method}: {folder}/grid.png (a row per class), while training: {folder}/samples")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="train with seeds 0 to SEEDS - 1")
+    parser.add_argument("--model", default="SiT-Ti/2", help="as of train.py")
+    parser.add_argument("--steps", type=int, default=1800, help="of training")
+    parser.add_argument("--images", type=int, default=2000, help="to draw")
+    args, started = parser.parse_args(), time.perf_counter()
 
-    print("\nTraining loss of the last 100 steps, and the metrics of 500 samples without guidance (Frechet\n"
-          "distance of its features and of its spatial features, as FID and sFID are, …) in the space of a\n"
-          "small classifier of its own ten classes (tests/data/detector.pt2): not comparable with any FID\n"
-          "on ImageNet.\n")
-    for row in [["", "denoising", "Frechet", "spatial", "IS", "precision", "recall"], *table]:
-        print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
-    print("", *pictures, f"{time.perf_counter() - started:.0f} s in all", sep="\n")
+    data = Path(f"runs/demo/{args.images}-images")
+    run(("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64))
+    run(("extract_latents.py", "--images", data / "images", "--out", data / "latents", "--vae", "tests/data/vae",
+         "--image-size", 64, "--num-workers", 1))
+    folders = {(seed, depth): data / f"{args.model.replace('/', '-')}_seed-{seed}_depth-{depth}"
+               for seed in range(args.seeds) for depth in (0, 2)}
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(folders) * args.steps, desc="training", unit="step") as bar:
+        futures = [pool.submit(experiment, args, data, folder, *job) for job, folder in folders.items()]
+        while True:
+            done, waiting = wait(futures, timeout=1, return_when=FIRST_EXCEPTION)
+            bar.update(sum(last_log(folder)["step"] for folder in folders.values()) - bar.n)
+            if not waiting or any(future.exception() for future in done):
+                break
+        pool.shutdown(cancel_futures=True)
+    metrics = [future.result() for future in futures]
+    print(CAPTION, table(args.model, metrics[::2], metrics[1::2]), "", sep="\n")
+    for folder in folders.values():
+        print(f"{folder}: samples of a row per class in checkpoints/{args.steps:07d}.png, while training in samples/")
+    print(f"{time.perf_counter() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -283,6 +283,34 @@ def test_grids_are_drawn_by_the_ema(capsys, latents, vae, tmp_path, dropout):
     assert (status, "--label-dropout 0" in stderr) == ((0, False) if dropout else (2, True)), stderr
 
 
+def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
+    """Off by default; on, it gets log.jsonl's numbers and the grids, in one W&B run for all resumes of a run."""
+    calls = []
+    module = SimpleNamespace(init=lambda **options: calls.append(options), Image=lambda path: Image.open(path).size,
+                             log=lambda values, step: calls.append((step, values)))
+    common = ("--sample-every", 2, "--log-every", 2)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    flags = ("--data", latents, "--run-dir", tmp_path / "run", "--max-steps", 1, "--wandb", "sit")
+    status, _, stderr = cli(capsys, "train", *TINY, *flags)
+    assert status == 2 and "--wandb sit" in message(stderr) and "pip install wandb" in stderr
+    fit(capsys, latents, tmp_path / "run", "--max-steps", 1, *common)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    fit(capsys, latents, tmp_path / "run", "--max-steps", 2, *common)
+    assert not calls
+    fit(capsys, latents, tmp_path / "other", "--max-steps", 1, "--wandb", "sit")
+    other, _ = calls
+    calls.clear()
+    for steps in (4, 5, 6):
+        lines, state = fit(capsys, latents, tmp_path / "run", "--max-steps", steps, *common, "--wandb", "sit")
+    begin, *logged = calls
+    assert begin["project"] == "sit" and begin["resume"] == "allow" and begin["config"] == state["settings"]
+    assert begin["name"] == "run" and begin["id"] != other["id"] and len(begin["id"]) == 8
+    assert [call for call in logged if call == begin] == [begin, begin]
+    expected = [call for line in lines[1:] for call in (
+        (line["step"], line), (line["step"], {"samples": (4 * 32, 3 * 32)}))]
+    assert [call for call in logged if call != begin] == expected and [step for step, _ in expected] == [4, 4, 6, 6]
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad", "ignore:Skip")  # the compiler
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_compiled_training_is_the_same_run(capsys, whole, data, tmp_path):
@@ -298,7 +326,7 @@ def test_defaults_are_the_papers(monkeypatch):
               "vae_repa_layers": 5, "vae_repa_interval": [0, 1], "repa_depth": 0, "repa_weight": 0.5,
               "repa_encoder": "dinov2_vitb14", "repa_hub": None, "sra_depth": 0, "sra_weight": 0.2,
               "sra_teacher_depth": None, "sra_t_max": 0.2, "ckpt_every": 50_000, "state_every": 10_000,
-              "sample_every": 10_000, "log_every": 100, "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
+              "sample_every": 10_000, "log_every": 100, "wandb": None, "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
               "precision": "fp32", "compile": False}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
     depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
@@ -310,7 +338,7 @@ CHANGES = [
     ("--label-dropout", 0.2), ("--ema-decay", 0.999), ("--grad-clip", 2), ("--vae-repa-depth", 6),
     ("--vae-repa-depth", 0), ("--vae-repa-weight", 0.5), ("--vae-repa-loss", "l2"), ("--vae-repa-beta", 0.1),
     ("--vae-repa-layers", 2), ("--vae-repa-interval", 0, 0.75), ("--vae-repa-interval", 0.5, 1)]
-FREE = [("--max-steps", 7), ("--micro-batch", 1), ("--log-every", 1), ("--ckpt-every", 1),
+FREE = [("--wandb", "sit"), ("--max-steps", 7), ("--micro-batch", 1), ("--log-every", 1), ("--ckpt-every", 1),
         ("--sample-every", 1), ("--state-every", 1), ("--compile",), ("--repa-hub", "clone")]
 
 
