@@ -7,7 +7,6 @@ draws images, encodes them, trains, samples, and measures the samples, all by th
 give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -21,6 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from extract_latents import Parser, fail, positive_int, run  # noqa: E402  (found only now)
+
 METRICS = {"denoising": "denoising loss", "FID": "Fréchet distance", "sFID": "of spatial features", "IS": "IS",
            "Precision": "precision", "Recall": "recall"}
 LOWER_IS_BETTER = ("denoising", "FID", "sFID")
@@ -31,16 +33,16 @@ no number here is an FID on ImageNet. ± is the standard deviation over seeds; d
 """
 
 
-def run(command, log=None):
-    """Run a script; where two run side by side, its output is added to the file `log`."""
+def run_script(*command, log=None):
+    """Run a script; if two run side by side, its output is added to the file `log`."""
     command, options = [str(word) for word in command], {}
     tqdm.write(f"$ python {shlex.join(command)}")
     if log:
         threads = max((os.cpu_count() or 1) // 2, 1)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-        options = {"env": environment, "stdout": open(log, "a"), "stderr": subprocess.STDOUT}
+        options["env"] = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        options |= {"stdout": open(log, "a"), "stderr": subprocess.STDOUT}
     if subprocess.run([sys.executable, *command], cwd=ROOT, **options).returncode:
-        sys.exit(f"{command[0]} failed" + (f": {log.read_text().splitlines()[-1]} ({log})" if log else ""))
+        fail(f"{command[0]} failed" + (f": {log.read_text().splitlines()[-1]} ({log})" if log else ""))
 
 
 def experiment(args, data, folder, seed, depth):
@@ -48,13 +50,14 @@ def experiment(args, data, folder, seed, depth):
     checkpoint, log = folder / "checkpoints" / f"{args.steps:07d}.pt", ROOT / folder / "output.txt"
     metrics, draw = checkpoint.with_suffix(".json"), ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
     log.parent.mkdir(parents=True, exist_ok=True)
-    run(("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model, "--seed", seed,
-         "--vae-repa-depth", depth, "--max-steps", args.steps, "--batch-size", 32, "--lr", 2e-3,
-         "--ema-decay", 0.99, "--sample-every", max(args.steps // 3, 1)), log)
-    run((*draw, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5), log)
-    run((*draw, "--seed", seed, "--num-steps", 30, "--num-samples", 500), log)
-    run(("fid.py", checkpoint.with_suffix(".npz"), "--ref", data / "images", "--json", metrics,
-         "--detector", "tests/data/detector.pt2", "--num-workers", 1), log)
+    run_script("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model,
+               "--seed", seed, "--vae-repa-depth", depth, "--max-steps", args.steps, "--batch-size", 32,
+               "--lr", 2e-3, "--ema-decay", 0.99, "--log-every", min(args.steps, 100),
+               "--sample-every", max(args.steps // 2, 1), log=log)
+    run_script(*draw, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5, log=log)
+    run_script(*draw, "--seed", seed, "--num-steps", 30, "--num-samples", 500, log=log)
+    run_script("fid.py", checkpoint.with_suffix(".npz"), "--ref", data / "images", "--json", metrics,
+               "--detector", "tests/data/detector.pt2", "--num-workers", 1, log=log)
     return {**last_log(folder), **json.loads((ROOT / metrics).read_text())}
 
 
@@ -71,9 +74,9 @@ def table(model, plain, aligned):
     lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
     several = len(plain) > 1
     for name, values in rows.items():
-        cells = [f"{mean:.4f}" for mean in values.mean(axis=0)]
+        cells = [f"{mean:.4g}" for mean in values.mean(axis=0)]
         if several:
-            cells = [f"{cell} ± {std:.4f}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
+            cells = [f"{cell} ± {std:.2g}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if several:
         sign = [-1 if key in LOWER_IS_BETTER else 1 for key in METRICS]
@@ -83,33 +86,35 @@ def table(model, plain, aligned):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="train with seeds 0 to SEEDS - 1")
-    parser.add_argument("--model", default="SiT-Ti/2", help="as of train.py")
-    parser.add_argument("--steps", type=int, default=1800, help="of training")
-    parser.add_argument("--images", type=int, default=2000, help="to draw")
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
+    parser.add_argument("--model", default="SiT-Ti/2", help="of train.py")
+    parser.add_argument("--steps", type=positive_int, default=1400, help="of training")
+    parser.add_argument("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
     args, started = parser.parse_args(), time.perf_counter()
 
     data = Path(f"runs/demo/{args.images}-images")
-    run(("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64))
-    run(("extract_latents.py", "--images", data / "images", "--out", data / "latents", "--vae", "tests/data/vae",
-         "--image-size", 64, "--num-workers", 1))
-    folders = {(seed, depth): data / f"{args.model.replace('/', '-')}_seed-{seed}_depth-{depth}"
+    run_script("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64)
+    run_script("extract_latents.py", "--images", data / "images", "--out", data / "latents", "--image-size", 64,
+               "--vae", "tests/data/vae", "--num-workers", 1)
+    name = args.model.replace("/", "-")
+    folders = {(seed, depth): data / f"{name}_seed-{seed}_depth-{depth}"
                for seed in range(args.seeds) for depth in (0, 2)}
     with ThreadPoolExecutor(2) as pool, tqdm(total=len(folders) * args.steps, desc="training", unit="step") as bar:
         futures = [pool.submit(experiment, args, data, folder, *job) for job, folder in folders.items()]
-        while True:
-            done, waiting = wait(futures, timeout=1, return_when=FIRST_EXCEPTION)
-            bar.update(sum(last_log(folder)["step"] for folder in folders.values()) - bar.n)
-            if not waiting or any(future.exception() for future in done):
-                break
-        pool.shutdown(cancel_futures=True)
+        try:
+            while True:
+                done, waiting = wait(futures, timeout=1, return_when=FIRST_EXCEPTION)
+                bar.update(sum(last_log(folder)["step"] for folder in folders.values()) - bar.n)
+                if not waiting or any(future.exception() for future in done):
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)
     metrics = [future.result() for future in futures]
     print(CAPTION, table(args.model, metrics[::2], metrics[1::2]), "", sep="\n")
-    for folder in folders.values():
-        print(f"{folder}: samples of a row per class in checkpoints/{args.steps:07d}.png, while training in samples/")
-    print(f"{time.perf_counter() - started:.0f} s in all")
+    print(f"Samples, a row per class: checkpoints/{args.steps:07d}.png, and while training samples/, in")
+    print(*folders.values(), f"{time.perf_counter() - started:.0f} s in all", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
