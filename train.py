@@ -187,7 +187,7 @@ def save(path, checkpoint):
 
 
 def start_wandb(args, settings):
-    """Weights & Biases' module, with one W&B run for a run's folder and all its resumes."""
+    """The module wandb; the run's folder keeps the W&B run's id for resumes."""
     try:
         import wandb  # optional
 

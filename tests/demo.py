@@ -22,9 +22,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from extract_latents import Parser, fail, positive_int, run  # noqa: E402  (found only now)
+from models import SiT_models  # noqa: E402
 
-METRICS = {"denoising": "denoising loss", "FID": "Fréchet distance", "sFID": "of spatial features", "IS": "IS",
-           "Precision": "precision", "Recall": "recall"}
+METRICS = {"denoising": "denoising loss", "FID": "Fréchet distance", "sFID": "of spatial features",
+           "IS": "IS", "Precision": "precision", "Recall": "recall"}
 LOWER_IS_BETTER = ("denoising", "FID", "sFID")
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps. The others: 500 samples without guidance against the
@@ -48,14 +49,14 @@ def run_script(*command, log=None):
 def experiment(args, data, folder, seed, depth):
     """Train, draw a grid, sample and measure: {metric: value}."""
     checkpoint, log = folder / "checkpoints" / f"{args.steps:07d}.pt", ROOT / folder / "output.txt"
-    metrics, draw = checkpoint.with_suffix(".json"), ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
+    metrics, sample = checkpoint.with_suffix(".json"), ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
     log.parent.mkdir(parents=True, exist_ok=True)
     run_script("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model,
                "--seed", seed, "--vae-repa-depth", depth, "--max-steps", args.steps, "--batch-size", 32,
                "--lr", 2e-3, "--ema-decay", 0.99, "--log-every", min(args.steps, 100),
                "--sample-every", max(args.steps // 2, 1), log=log)
-    run_script(*draw, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5, log=log)
-    run_script(*draw, "--seed", seed, "--num-steps", 30, "--num-samples", 500, log=log)
+    run_script(*sample, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5, log=log)
+    run_script(*sample, "--seed", seed, "--num-steps", 30, "--num-samples", 500, log=log)
     run_script("fid.py", checkpoint.with_suffix(".npz"), "--ref", data / "images", "--json", metrics,
                "--detector", "tests/data/detector.pt2", "--num-workers", 1, log=log)
     return {**last_log(folder), **json.loads((ROOT / metrics).read_text())}
@@ -68,15 +69,15 @@ def last_log(folder):
 
 def table(model, plain, aligned):
     """Both methods' metrics, one dict a seed, as a Markdown table."""
-    plain, aligned = ([[metrics[key] for key in METRICS] for metrics in method] for method in (plain, aligned))
-    plain, aligned = np.array(plain), np.array(aligned)  # (seeds, metrics)
+    plain, aligned = (np.array([[metrics[key] for key in METRICS] for metrics in method])
+                      for method in (plain, aligned))  # (seeds, metrics)
     rows = {model: plain, f"{model} + VAE-REPA": aligned, "difference": aligned - plain}
     lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
     several = len(plain) > 1
     for name, values in rows.items():
-        cells = [f"{mean:.4g}" for mean in values.mean(axis=0)]
+        cells = [f"{mean:.3f}" for mean in values.mean(axis=0)]
         if several:
-            cells = [f"{cell} ± {std:.2g}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
+            cells = [f"{cell} ± {std:.3f}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if several:
         sign = [-1 if key in LOWER_IS_BETTER else 1 for key in METRICS]
@@ -85,22 +86,26 @@ def table(model, plain, aligned):
     return "\n".join(lines)
 
 
-def main():
+def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
-    parser.add_argument("--model", default="SiT-Ti/2", help="of train.py")
+    parser.add_argument("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="of train.py")
     parser.add_argument("--steps", type=positive_int, default=1400, help="of training")
     parser.add_argument("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
-    args, started = parser.parse_args(), time.perf_counter()
+    return parser.parse_args()
 
+
+def main():
+    args, started = parse_args(), time.perf_counter()
     data = Path(f"runs/demo/{args.images}-images")
     run_script("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64)
-    run_script("extract_latents.py", "--images", data / "images", "--out", data / "latents", "--image-size", 64,
-               "--vae", "tests/data/vae", "--num-workers", 1)
+    run_script("extract_latents.py", "--images", data / "images", "--out", data / "latents",
+               "--vae", "tests/data/vae", "--image-size", 64, "--num-workers", 1)
     name = args.model.replace("/", "-")
     folders = {(seed, depth): data / f"{name}_seed-{seed}_depth-{depth}"
                for seed in range(args.seeds) for depth in (0, 2)}
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(folders) * args.steps, desc="training", unit="step") as bar:
+    total = len(folders) * args.steps
+    with ThreadPoolExecutor(2) as pool, tqdm(total=total, desc="training", unit="step") as bar:
         futures = [pool.submit(experiment, args, data, folder, *job) for job, folder in folders.items()]
         try:
             while True:

@@ -112,8 +112,8 @@ def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, da
 
 
 def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, hub, tmp_path):
-    """Nor the mean over the images inside the interval, of all processes, nor the means in the log. One process
-    alone speaks to W&B."""
+    """Nor the mean over the images inside the interval, of all processes, nor the means in the log; and only
+    one process speaks to W&B."""
     times = torch.stack([drawn_numbers(1, step, BATCH, (4, 8, 8))[2] for step in range(STEPS)])
     inside = [(half <= 0.5).sum().item() for half in times.view(-1, BATCH // 2)]  # of each process
     assert 0 in inside and inside[::2] != inside[1::2]  # where a mean per process would go wrong
@@ -121,7 +121,8 @@ def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, h
     fit(capsys, data, tmp_path / "whole", *common)
     fit(capsys, data, tmp_path / "micro", *common, "--micro-batch", 1)
     pair = (*common, "--data", data, "--run-dir", tmp_path / "pair", "--micro-batch", 2)
-    (tmp_path / "wandb.py").write_text("""init = lambda **_: print(end="W&B;")\ndef log(*_, step): print(step, end=";")""")
+    stand_in = """init = lambda **_: print(end="W&B;")\ndef log(*_, step): print(step, end=";")"""
+    (tmp_path / "wandb.py").write_text(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = process("train", *TINY, *pair, "--wandb", "sit", processes=2).stdout
     assert f"W&B;{tmp_path / 'pair'}: from step 0" in said and "1;2;3;4;5;6;7;8;9;" in said, said

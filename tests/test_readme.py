@@ -1,34 +1,101 @@
-"""README keeps its word: its links point at the lines they name, and the flags it shows exist."""
+"""README keeps its word: each link, file, picture and flag in it exists, and each command parses."""
 
+import importlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, cli, process
+import torch.distributed.run
+from conftest import ROOT, TINY, process
+from PIL import Image
+
+import demo
+import extract_latents
 
 README = (ROOT / "README.md").read_text()
+TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
+WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
+SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark")
 
 
-def test_links_point_at_the_definitions():
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) >= 6
-    for name, file, line in links:
+def commands():
+    """Each command line of README, those of the table's flags included."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", "")
+    lines = [*blocks.splitlines(), *re.findall(r"^    (\S.*)", TEXT, re.M), *WORDS]
+    parts = [part for line in lines for part in line.split(" && ")]
+    cells = re.findall(r"^\|(.*?)\|", TEXT, re.M)  # the first of each row
+    rows = [flags for cell in cells for flags in re.findall(r"`(--[^`]*)`", cell)]
+    return [*(part for part in parts if re.match(r"(python|torchrun) .*(\.py|-m )", part)),
+            *(f"python train.py {flags}" for flags in rows)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_can_be_pasted(monkeypatch, command):
+    """The script's own parser takes them, and torchrun's."""
+    assert not re.search(r"…|\b(FILE|FOLDER|NAME|DIR|MODE)\b", command)
+    launcher, *words = shlex.split(command)
+    if words[:2] == ["-m", "pytest"]:
+        return
+    if launcher == "torchrun":
+        launched = torch.distributed.run.get_args_parser().parse_args(words)
+        monkeypatch.setenv("WORLD_SIZE", launched.nproc_per_node)
+        words = [launched.training_script, *launched.training_script_args]
+    assert (ROOT / words[0]).exists()
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module(Path(words[0]).stem).parse_args()
+
+
+def test_flags_exist(monkeypatch):
+    """Those that the text names alone, too."""
+    def options(parser):
+        found.update(parser._option_string_actions)
+        raise SystemExit
+
+    found = {"--nproc_per_node", *torch.distributed.run.get_args_parser()._option_string_actions}
+    monkeypatch.setattr(extract_latents.Parser, "parse_args", options)
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args()
+    flags = {flag for word in WORDS for flag in re.findall(r"(?<![\w-])--[\w-]+", word)}
+    assert len(flags) > 20 and flags - found == {"--NAME-depth", "--NAME-weight", "--early-v-depth"}
+
+
+def test_links_and_files():
+    """Links point at the lines that they name, pictures are small, scripts and headings exist."""
+    for name, file, line in (links := re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README)):
         there = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b", there), f"{name} is not at {file}#L{line}"
+    targets = re.findall(r"\]\(([^)\s]+)\)", TEXT)
+    headings = re.findall(r"^#+ (.*)", TEXT, re.M)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    files = [target.split("#")[0] for target in targets if not target.startswith(("https://", "#"))]
+    files += [word for word in re.findall(r"[\w./]+\.py\b", README)]
+    assert len(links) >= 6 and not [file for file in files if not (ROOT / file).exists()]
+    assert not [target for target in targets if target.startswith("#") and target not in anchors]
+    pictures = [ROOT / file for file in files if file.endswith(".png")]
+    for picture in pictures:
+        Image.open(picture).load()
+        assert os.path.getsize(picture) <= 300_000
+    assert pictures
 
 
-@pytest.mark.parametrize("script", ["extract_latents", "train", "sample"])
-def test_flags_of_readme_exist(capsys, script):
-    status, text, _ = cli(capsys, script, "--help")
-    assert status == 0
-    commands = re.findall(rf"{script}\.py((?: \\\n|[^\n`])*)", README)
-    shown = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
-    if script == "train":  # the tables show flags alone
-        rows = re.findall(r"^\| `(--[^`]*)`", README, re.M)
-        shown |= {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)}
-    assert shown and not [flag for flag in shown if flag not in text]
+def test_the_demos_table():
+    """Means and standard deviations over the seeds, and how often VAE-REPA was better, in Markdown."""
+    plain = [{**dict.fromkeys(demo.METRICS, 0.5), "FID": fid, "IS": 3} for fid in (4, 5, 6)]
+    aligned = [{**dict.fromkeys(demo.METRICS, 0.5), "FID": fid, "IS": 4} for fid in (3, 5.5, 3.5)]
+    rows = [line.strip("| ").split(" | ") for line in demo.table("SiT-S/2", plain, aligned).splitlines()]
+    assert rows[2][:3] == ["SiT-S/2", "0.500 ± 0.000", "5.000 ± 1.000"]
+    assert rows[3][:3] == ["SiT-S/2 + VAE-REPA", "0.500 ± 0.000", "4.000 ± 1.323"]
+    assert rows[4][2:5:2] == ["-1.000 ± 1.500", "1.000 ± 0.000"]
+    assert rows[5][1:5] == ["0 of 3", "2 of 3", "0 of 3", "3 of 3"]
+    once = demo.table("SiT-S/2", plain[:1], aligned[:1]).splitlines()
+    assert len(once) == 5 and once[4].startswith("| difference | 0.000 | -1.000 | 0.000 | 1.000 |")
 
 
 def test_an_alignment_of_ones_own(latents, tmp_path):

@@ -284,10 +284,11 @@ def test_grids_are_drawn_by_the_ema(capsys, latents, vae, tmp_path, dropout):
 
 
 def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
-    """Off by default; on, it gets log.jsonl's numbers and the grids, in one W&B run for all resumes of a run."""
+    """Off by default; else it gets log.jsonl's numbers and the grids, in one W&B run for a run's resumes."""
     calls = []
-    module = SimpleNamespace(init=lambda **options: calls.append(options), Image=lambda path: Image.open(path).size,
-                             log=lambda values, step: calls.append((step, values)))
+    module = SimpleNamespace(init=lambda **options: calls.append(options),
+                             log=lambda values, step: calls.append((step, values)),
+                             Image=lambda path: Image.open(path).size)
     common = ("--sample-every", 2, "--log-every", 2)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--max-steps", 1, "--wandb", "sit")
@@ -303,7 +304,8 @@ def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
         lines, state = fit(capsys, latents, tmp_path / "run", "--max-steps", steps, *common, "--wandb", "sit")
     began = [call for call in calls if "project" in call]
     assert {(call["project"], call["name"], call["resume"]) for call in began} == {("sit", "run", "allow")}
-    assert began[2]["config"] == state["settings"] and len({call["id"] for call in began} | {other["id"]}) == 2
+    assert len({call["id"] for call in began} | {other["id"]}) == 2
+    assert began[2]["config"] == state["settings"]
     size = (4 * 32, 3 * 32)  # of a grid
     assert [call for call in calls if call not in began] == [
         (4, lines[1]), (4, {"samples": size}), (6, lines[2]), (6, {"samples": size})]
@@ -324,7 +326,8 @@ def test_defaults_are_the_papers(monkeypatch):
               "vae_repa_layers": 5, "vae_repa_interval": [0, 1], "repa_depth": 0, "repa_weight": 0.5,
               "repa_encoder": "dinov2_vitb14", "repa_hub": None, "sra_depth": 0, "sra_weight": 0.2,
               "sra_teacher_depth": None, "sra_t_max": 0.2, "ckpt_every": 50_000, "state_every": 10_000,
-              "sample_every": 10_000, "log_every": 100, "wandb": None, "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
+              "sample_every": 10_000, "log_every": 100, "wandb": None,
+              "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
               "precision": "fp32", "compile": False}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
     depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
