@@ -198,7 +198,7 @@ def start_wandb(args, settings):
                    config=settings, dir=args.run_dir)
         return wandb
     except Exception as error:
-        fail(f"--wandb {args.wandb}: {first_line(error)} (it needs `pip install wandb` and `wandb login`)")
+        fail(f"--wandb {args.wandb}: {first_line(error)} (installed? logged in, by `wandb login`?)")
 
 
 signals = []  # names of those received
@@ -389,8 +389,6 @@ def main():
             if rank == 0:
                 with open(run_dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
-                if wandb:
-                    wandb.log(line, step=done)
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
             checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
@@ -401,8 +399,10 @@ def main():
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(ema, vae, facts, args, grid)
-            if wandb:
-                wandb.log({"samples": wandb.Image(str(grid))}, step=done)
+        if wandb and log:
+            wandb.log(line, step=done)
+        if wandb and draw:
+            wandb.log({"samples": wandb.Image(str(grid))}, step=done)
         if log:
             history, clock = [], time.perf_counter()
         if stop:

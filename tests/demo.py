@@ -13,10 +13,10 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,47 +24,79 @@ sys.path.insert(0, str(ROOT))
 from extract_latents import Parser, fail, positive_int, run  # noqa: E402  (found only now)
 from models import SiT_models  # noqa: E402
 
-METRICS = {"denoising": "denoising loss", "FID": "Fréchet distance", "sFID": "of spatial features",
-           "IS": "IS", "Precision": "precision", "Recall": "recall"}
+METHODS = {"plain": ("--vae-repa-depth", 0), "vae-repa": ()}  # VAE-REPA is on by default
+METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2), "sFID": ("spatial", 3),
+           "IS": ("IS", 2), "Precision": ("precision", 3), "Recall": ("recall", 3)}  # with decimals to show
 LOWER_IS_BETTER = ("denoising", "FID", "sFID")
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps. The others: 500 samples without guidance against the
 images trained on, in the feature space of a small classifier of their ten classes (tests/data/detector.pt2):
-no number here is an FID on ImageNet. ± is the standard deviation over seeds; differences are within a seed.
+no number here is an FID on ImageNet. After ± stands the standard deviation over seeds; each difference is
+between two runs of one seed.
 """
 
 
-def run_script(*command, log=None):
-    """Run a script; if two run side by side, its output is added to the file `log`."""
-    command, options = [str(word) for word in command], {}
+def start(command, log=None):
+    """Start a script; if two run side by side, each gets half of the threads and adds its output to `log`."""
+    command = [str(word) for word in command]
     tqdm.write(f"$ python {shlex.join(command)}")
-    if log:
-        threads = max((os.cpu_count() or 1) // 2, 1)
-        options["env"] = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        options |= {"stdout": open(log, "a"), "stderr": subprocess.STDOUT}
-    if subprocess.run([sys.executable, *command], cwd=ROOT, **options).returncode:
-        fail(f"{command[0]} failed" + (f": {log.read_text().splitlines()[-1]} ({log})" if log else ""))
+    if not log:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    threads = str(max(torch.get_num_threads() // 2, 1))
+    with open(log, "a") as file:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file,
+                                env={**os.environ, "OMP_NUM_THREADS": threads})
 
 
-def experiment(args, data, folder, seed, depth):
-    """Train, draw a grid, sample and measure: {metric: value}."""
-    checkpoint, log = folder / "checkpoints" / f"{args.steps:07d}.pt", ROOT / folder / "output.txt"
-    metrics, sample = checkpoint.with_suffix(".json"), ("sample.py", "--ckpt", checkpoint, "--mode", "ode")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    run_script("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model,
-               "--seed", seed, "--vae-repa-depth", depth, "--max-steps", args.steps, "--batch-size", 32,
-               "--lr", 2e-3, "--ema-decay", 0.99, "--log-every", min(args.steps, 100),
-               "--sample-every", max(args.steps // 2, 1), log=log)
-    run_script(*sample, "--seed", seed, "--num-steps", 50, "--cfg-scale", 2.5, log=log)
-    run_script(*sample, "--seed", seed, "--num-steps", 30, "--num-samples", 500, log=log)
-    run_script("fid.py", checkpoint.with_suffix(".npz"), "--ref", data / "images", "--json", metrics,
-               "--detector", "tests/data/detector.pt2", "--num-workers", 1, log=log)
-    return {**last_log(folder), **json.loads((ROOT / metrics).read_text())}
+def side_by_side(jobs, after_a_while):
+    """Work off each (commands, log) of `jobs`, two at a time; if one fails or Ctrl-C comes, both stop."""
+    jobs, running = list(jobs), []  # running: (process, commands left, log)
+    try:
+        while jobs or running:
+            for process, commands, log in [job for job in running if job[0].poll() is not None]:
+                running.remove((process, commands, log))
+                if process.returncode:
+                    said = log.read_text().splitlines()[-1:]
+                    fail(f"status {process.returncode} of the last command in {log}: {''.join(said)}")
+                if commands:
+                    running.append((start(commands[0], log), commands[1:], log))
+            while jobs and len(running) < 2:
+                commands, log = jobs.pop(0)
+                running.append((start(commands[0], log), commands[1:], log))
+            time.sleep(0.5)
+            after_a_while()
+    finally:
+        for process, _, _ in running:
+            process.terminate()
+            process.wait()
 
 
-def last_log(folder):
+def commands_of(args, data, folder, seed, method):
+    """Train, draw a grid, sample and measure."""
+    checkpoint = folder / "checkpoints" / f"{args.steps:07d}.pt"
+    sample = ("sample.py", "--ckpt", checkpoint, "--seed", seed, "--mode", "ode")
+    return [
+        ("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model, *METHODS[method],
+         "--seed", seed, "--max-steps", args.steps, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99,
+         "--log-every", 1, "--sample-every", max(args.steps // 2, 1)),
+        (*sample, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png"),
+        (*sample, "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz"),
+        ("fid.py", folder / "500.npz", "--ref", data / "images", "--json", folder / "metrics.json",
+         "--detector", "tests/data/detector.pt2", "--num-workers", 1)]
+
+
+def read_log(folder):
+    """A run's lines of log.jsonl so far, one a step."""
     log = ROOT / folder / "log.jsonl"
-    return json.loads(log.read_text().splitlines()[-1]) if log.exists() else {"step": 0}
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def results(folder):
+    """A run's METRICS, {name: value}."""
+    lines = [json.loads(line) for line in read_log(folder)]
+    loss = {line["step"]: line["denoising"] for line in lines}  # a resumed run's log can repeat steps
+    return {"denoising": np.mean(list(loss.values())[-100:]),
+            **json.loads((ROOT / folder / "metrics.json").read_text())}
 
 
 def table(model, plain, aligned):
@@ -72,12 +104,14 @@ def table(model, plain, aligned):
     plain, aligned = (np.array([[metrics[key] for key in METRICS] for metrics in method])
                       for method in (plain, aligned))  # (seeds, metrics)
     rows = {model: plain, f"{model} + VAE-REPA": aligned, "difference": aligned - plain}
-    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    headings, decimals = zip(*METRICS.values())
+    lines = ["| | " + " | ".join(headings) + " |", "|---" * (len(METRICS) + 1) + "|"]
     several = len(plain) > 1
     for name, values in rows.items():
-        cells = [f"{mean:.3f}" for mean in values.mean(axis=0)]
+        cells = [f"{mean:.{n}f}" for mean, n in zip(values.mean(axis=0), decimals)]
         if several:
-            cells = [f"{cell} ± {std:.3f}" for cell, std in zip(cells, values.std(axis=0, ddof=1))]
+            std = values.std(axis=0, ddof=1)
+            cells = [f"{cell} ± {value:.{n}f}" for cell, value, n in zip(cells, std, decimals)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if several:
         sign = [-1 if key in LOWER_IS_BETTER else 1 for key in METRICS]
@@ -89,8 +123,8 @@ def table(model, plain, aligned):
 def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
-    parser.add_argument("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="of train.py")
-    parser.add_argument("--steps", type=positive_int, default=1400, help="of training")
+    parser.add_argument("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="to train")
+    parser.add_argument("--steps", type=positive_int, default=1400, help="to train")
     parser.add_argument("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
     return parser.parse_args()
 
@@ -98,26 +132,25 @@ def parse_args():
 def main():
     args, started = parse_args(), time.perf_counter()
     data = Path(f"runs/demo/{args.images}-images")
-    run_script("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64)
-    run_script("extract_latents.py", "--images", data / "images", "--out", data / "latents",
-               "--vae", "tests/data/vae", "--image-size", 64, "--num-workers", 1)
-    name = args.model.replace("/", "-")
-    folders = {(seed, depth): data / f"{name}_seed-{seed}_depth-{depth}"
-               for seed in range(args.seeds) for depth in (0, 2)}
-    total = len(folders) * args.steps
-    with ThreadPoolExecutor(2) as pool, tqdm(total=total, desc="training", unit="step") as bar:
-        futures = [pool.submit(experiment, args, data, folder, *job) for job, folder in folders.items()]
-        try:
-            while True:
-                done, waiting = wait(futures, timeout=1, return_when=FIRST_EXCEPTION)
-                bar.update(sum(last_log(folder)["step"] for folder in folders.values()) - bar.n)
-                if not waiting or any(future.exception() for future in done):
-                    break
-        finally:
-            pool.shutdown(cancel_futures=True)
-    metrics = [future.result() for future in futures]
-    print(CAPTION, table(args.model, metrics[::2], metrics[1::2]), "", sep="\n")
-    print(f"Samples, a row per class: checkpoints/{args.steps:07d}.png, and while training samples/, in")
+    for command in (("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64),
+                    ("extract_latents.py", "--images", data / "images", "--out", data / "latents",
+                     "--vae", "tests/data/vae", "--image-size", 64, "--num-workers", 1)):
+        if start(command).wait():
+            fail(f"{command[0]} failed")
+
+    name = f"{args.model.replace('/', '-')}_{args.steps}-steps"
+    folders = {(seed, method): data / f"{name}_seed-{seed}_{method}" for seed in range(args.seeds)
+               for method in METHODS}
+    jobs = []
+    for (seed, method), folder in folders.items():
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        jobs.append((commands_of(args, data, folder, seed, method), ROOT / folder / "output.txt"))
+    with tqdm(total=len(folders) * args.steps, desc="training", unit="step") as bar:
+        side_by_side(jobs, lambda: bar.update(sum(len(read_log(run)) for run in folders.values()) - bar.n))
+
+    plain, aligned = ([results(folders[seed, method]) for seed in range(args.seeds)] for method in METHODS)
+    print(CAPTION, table(args.model, plain, aligned), "", sep="\n")
+    print("Samples are in grid.png, a row per class, and from during training in samples/, of")
     print(*folders.values(), f"{time.perf_counter() - started:.0f} s in all", sep="\n")
 
 

@@ -125,7 +125,7 @@ def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, h
     (tmp_path / "wandb.py").write_text(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = process("train", *TINY, *pair, "--wandb", "sit", processes=2).stdout
-    assert f"W&B;{tmp_path / 'pair'}: from step 0" in said and "1;2;3;4;5;6;7;8;9;" in said, said
+    assert said.count("W&B;") == 1 and "1;2;3;4;5;6;7;8;9;" in said, said
     for name in ("micro", "pair"):
         assert_close_run(tmp_path / "whole", tmp_path / name, STEPS)
 

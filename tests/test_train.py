@@ -293,7 +293,7 @@ def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--max-steps", 1, "--wandb", "sit")
     status, _, stderr = cli(capsys, "train", *TINY, *flags)
-    assert status == 2 and "--wandb sit" in message(stderr) and "pip install wandb" in stderr
+    assert status == 2 and "--wandb sit" in message(stderr) and "wandb login" in stderr
     monkeypatch.setitem(sys.modules, "wandb", module)
     fit(capsys, latents, tmp_path / "run", "--max-steps", 2, *common)
     assert not calls
