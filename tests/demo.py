@@ -25,7 +25,7 @@ from extract_latents import Parser, fail, positive_int, run  # noqa: E402  (foun
 from models import SiT_models  # noqa: E402
 
 METHODS = {"plain": ("--vae-repa-depth", 0), "vae-repa": ()}  # VAE-REPA is on by default
-METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2), "sFID": ("spatial", 3),
+METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2), "sFID": ("Fréchet, spatial", 3),
            "IS": ("IS", 2), "Precision": ("precision", 3), "Recall": ("recall", 3)}  # with decimals to show
 LOWER_IS_BETTER = ("denoising", "FID", "sFID")
 CAPTION = """
