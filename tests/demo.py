@@ -4,7 +4,8 @@
     python tests/demo.py --seeds 5    # both with five seeds: which difference is chance, and which is not
 
 draws images, encodes them, trains, samples, and measures the samples, all by the commands that a user would
-give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again.
+give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again; after a change
+of code, remove that folder first, as finished parts are not done again.
 """
 
 import json
@@ -56,8 +57,8 @@ def side_by_side(jobs, after_a_while):
             for process, commands, log in [job for job in running if job[0].poll() is not None]:
                 running.remove((process, commands, log))
                 if process.returncode:
-                    said = log.read_text().splitlines()[-1:]
-                    fail(f"status {process.returncode} of the last command in {log}: {''.join(said)}")
+                    said = [line for line in log.read_text().splitlines() if "error: " in line][-1:]
+                    fail(f"status {process.returncode} of the last command in {log} {''.join(said)}")
                 if commands:
                     running.append((start(commands[0], log), commands[1:], log))
             while jobs and len(running) < 2:
