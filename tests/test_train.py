@@ -288,7 +288,7 @@ def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
     calls = []
     module = SimpleNamespace(init=lambda **options: calls.append(options),
                              log=lambda values, step: calls.append((step, values)),
-                             Image=lambda path: Image.open(path).size)
+                             Image=lambda path: np.array(Image.open(path)).shape)
     common = ("--sample-every", 2, "--log-every", 2)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--max-steps", 1, "--wandb", "sit")
@@ -306,7 +306,7 @@ def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
     assert {(call["project"], call["name"], call["resume"]) for call in began} == {("sit", "run", "allow")}
     assert len({call["id"] for call in began} | {other["id"]}) == 2
     assert began[2]["config"] == state["settings"]
-    size = (4 * 32, 3 * 32)  # of a grid
+    size = (3 * 32, 4 * 32, 3)  # of a grid
     assert [call for call in calls if call not in began] == [
         (4, lines[1]), (4, {"samples": size}), (6, lines[2]), (6, {"samples": size})]
 
