@@ -4,11 +4,12 @@
     python tests/demo.py --seeds 5    # both with five seeds: which difference is chance, and which is not
 
 draws images, encodes them, trains, samples, and measures the samples, all by the commands that a user would
-give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again; after a change
-of code, remove that folder first, as finished parts are not done again.
+give; each is printed. Everything goes to runs/demo. If interrupted, run the same command again; after a
+change of code, remove that folder first, as finished parts are not done again.
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -26,8 +27,9 @@ from extract_latents import Parser, fail, positive_int, run  # noqa: E402  (foun
 from models import SiT_models  # noqa: E402
 
 METHODS = {"plain": ("--vae-repa-depth", 0), "vae-repa": ()}  # VAE-REPA is on by default
-METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2), "sFID": ("Fréchet, spatial", 3),
-           "IS": ("IS", 2), "Precision": ("precision", 3), "Recall": ("recall", 3)}  # with decimals to show
+METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2),
+           "sFID": ("Fréchet, spatial", 3), "IS": ("IS", 2),
+           "Precision": ("precision", 3), "Recall": ("recall", 3)}  # with decimals to show
 LOWER_IS_BETTER = ("denoising", "FID", "sFID")
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps. The others: 500 samples without guidance against the
@@ -60,10 +62,10 @@ def side_by_side(jobs, after_a_while):
                     said = [line for line in log.read_text().splitlines() if "error: " in line][-1:]
                     fail(f"status {process.returncode} of the last command in {log} {''.join(said)}")
                 if commands:
-                    running.append((start(commands[0], log), commands[1:], log))
+                    jobs.insert(0, (commands, log))
             while jobs and len(running) < 2:
-                commands, log = jobs.pop(0)
-                running.append((start(commands[0], log), commands[1:], log))
+                (command, *commands), log = jobs.pop(0)
+                running.append((start(command, log), commands, log))
             time.sleep(0.5)
             after_a_while()
     finally:
@@ -79,7 +81,7 @@ def commands_of(args, data, folder, seed, method):
     return [
         ("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model, *METHODS[method],
          "--seed", seed, "--max-steps", args.steps, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99,
-         "--log-every", 1, "--sample-every", max(args.steps // 2, 1)),
+         "--log-every", math.gcd(args.steps, 100), "--sample-every", max(args.steps // 2, 1)),
         (*sample, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png"),
         (*sample, "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz"),
         ("fid.py", folder / "500.npz", "--ref", data / "images", "--json", folder / "metrics.json",
@@ -87,17 +89,20 @@ def commands_of(args, data, folder, seed, method):
 
 
 def read_log(folder):
-    """A run's lines of log.jsonl so far, one a step."""
+    """The denoising loss that a run has logged so far, {step: loss}; a resumed run repeats steps."""
     log = ROOT / folder / "log.jsonl"
-    return log.read_text().splitlines() if log.exists() else []
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    return {line["step"]: line["denoising"] for line in lines}
 
 
-def results(folder):
+def last_step(folder):
+    return max(read_log(folder), default=0)
+
+
+def results(args, folder):
     """A run's METRICS, {name: value}."""
-    lines = [json.loads(line) for line in read_log(folder)]
-    loss = {line["step"]: line["denoising"] for line in lines}  # a resumed run's log can repeat steps
-    return {"denoising": np.mean(list(loss.values())[-100:]),
-            **json.loads((ROOT / folder / "metrics.json").read_text())}
+    last = [loss for step, loss in read_log(folder).items() if step > args.steps - 100]
+    return {"denoising": np.mean(last), **json.loads((ROOT / folder / "metrics.json").read_text())}
 
 
 def table(model, plain, aligned):
@@ -147,9 +152,10 @@ def main():
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         jobs.append((commands_of(args, data, folder, seed, method), ROOT / folder / "output.txt"))
     with tqdm(total=len(folders) * args.steps, desc="training", unit="step") as bar:
-        side_by_side(jobs, lambda: bar.update(sum(len(read_log(run)) for run in folders.values()) - bar.n))
+        side_by_side(jobs, lambda: bar.update(sum(map(last_step, folders.values())) - bar.n))
 
-    plain, aligned = ([results(folders[seed, method]) for seed in range(args.seeds)] for method in METHODS)
+    plain, aligned = ([results(args, folders[seed, method]) for seed in range(args.seeds)]
+                      for method in METHODS)
     print(CAPTION, table(args.model, plain, aligned), "", sep="\n")
     print("Samples are in grid.png, a row per class, and from during training in samples/, of")
     print(*folders.values(), f"{time.perf_counter() - started:.0f} s in all", sep="\n")

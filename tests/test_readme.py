@@ -105,26 +105,30 @@ def test_the_demos_table():
     assert len(once) == 5 and once[4].startswith("| difference | 0.0000 | -1.00 | 0.000 | 1.00 |")
 
 
-@pytest.mark.slow
-def test_the_demo(tmp_path):
-    """It ends with the table and its pictures; another --steps is another run."""
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the scripts."""
+    folder = tmp_path / "repo"
+    folder.mkdir()
     for script in ROOT.glob("*.py"):
-        shutil.copy(script, tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+        shutil.copy(script, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo(repo):
+    """It ends with the table and its pictures; another --steps is another run."""
+    shutil.copytree(ROOT / "tests", repo / "tests")
     for steps in (4, 3):
-        said = process(tmp_path / "tests" / "demo", "--images", 100, "--steps", steps).stdout
+        said = process(repo / "tests" / "demo", "--images", 100, "--steps", steps).stdout
         rows = [line for line in said.splitlines() if line.startswith("| ")]
         assert [row.count(" | ") for row in rows] == [6] * 4 and "nan" not in said
-    grids = [Image.open(grid) for grid in tmp_path.glob("runs/demo/100-images/*/grid.png")]
+    grids = [Image.open(grid) for grid in repo.glob("runs/demo/100-images/*/grid.png")]
     assert [grid.size for grid in grids] == [(8 * 64, 10 * 64)] * 4
 
 
-def test_an_alignment_of_ones_own(latents, tmp_path):
-    """The edits of "Add your own" in a copy of the repo: it trains, logs, resumes, samples with the new term."""
-    repo = tmp_path / "repo"
-    repo.mkdir()
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, repo)
+def test_an_alignment_of_ones_own(latents, repo, tmp_path):
+    """The edits of "Add your own" in a copy of the repo: it trains, logs, resumes, samples with it."""
     blocks = re.findall(r"```diff\n(\w+\.py)\n(.*?)```", README, re.S)
     assert [file for file, _ in blocks] == ["models.py", "train.py"]
     for file, diff in blocks:
