@@ -315,8 +315,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in its --help, and complaints of one sentence."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, doc=None, **options):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")

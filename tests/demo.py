@@ -81,7 +81,8 @@ def commands_of(args, data, folder, seed, method):
     return [
         ("train.py", "--data", data / "latents", "--run-dir", folder, "--model", args.model, *METHODS[method],
          "--seed", seed, "--max-steps", args.steps, "--batch-size", 32, "--lr", 2e-3, "--ema-decay", 0.99,
-         "--log-every", math.gcd(args.steps, 100), "--sample-every", max(args.steps // 2, 1)),
+         "--log-every", math.gcd(args.steps, 100), "--sample-every", max(args.steps // 2, 1),
+         "--ckpt-every", max(args.steps // 7, 1)),
         (*sample, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png"),
         (*sample, "--num-steps", 30, "--num-samples", 500, "--out", folder / "500.npz"),
         ("fid.py", folder / "500.npz", "--ref", data / "images", "--json", folder / "metrics.json",
@@ -140,7 +141,7 @@ def main():
     data = Path(f"runs/demo/{args.images}-images")
     for command in (("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64),
                     ("extract_latents.py", "--images", data / "images", "--out", data / "latents",
-                     "--vae", "tests/data/vae", "--image-size", 64, "--num-workers", 1)):
+                     "--vae", "tests/data/vae", "--image-size", 64, "--store-images", "--num-workers", 1)):
         if start(command).wait():
             fail(f"{command[0]} failed")
 

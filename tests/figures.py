@@ -1,0 +1,477 @@
+"""The papers' figures, of any run or checkpoint: `python tests/figures.py COMMAND`, where COMMAND is
+
+    convergence  FID against steps, the speed-up at equal FID, images of the same noise  (VAE-REPA, Fig. 4)
+    features     what SiT's blocks hold, by layer and noise level, as colours            (VAE-REPA, Fig. 2)
+    cknna        how far they agree with an image encoder, by layer and noise level      (REPA-E, Fig. 3)
+    latents      variance, total variation and colours of latents               (REPA-E, Table 1 and Fig. 3)
+
+Numbers are printed, pictures go to --out. Plots need matplotlib. COMMAND --help lists its flags.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fid  # noqa: E402  (these are found only now)
+from extract_latents import (Latents, Parser, atomic_write, fail, first_line, fraction,  # noqa: E402
+                             init_distributed, positive_int, run, write_json)
+from models import decode, load_encoder, load_vae  # noqa: E402
+from sample import load_model, randn_like, rng  # noqa: E402
+from train import interpolate  # noqa: E402
+
+METRICS = {"FID": 2, "sFID": 2, "IS": 2, "Precision": 3, "Recall": 3}  # fid.py's, with decimals to show
+HIGHER_IS_BETTER = ("IS", "Precision", "Recall")
+CELL, GAP = 128, 16  # of a sheet, in pixels: the side of an image, the space between groups
+
+
+def principal_components(features, reference=None):
+    """Scores (B, h, w, 3) of feature maps (B, h, w, D) on their first three principal components.
+
+    First, each place's mean over the images is subtracted: else features show where they are, more than what
+    they see. Components come in order of variance, the largest weight of each positive; or, so that pictures
+    can be compared, in the order and with the signs in which they correlate with a reference's scores
+    (B, H, W, 3) of the same images.
+    """
+    rows = (features - features.mean(0)).double().flatten(0, 2)
+    rows = F.pad(rows, (0, max(3 - rows.shape[1], 0)))
+    _, axes = torch.linalg.eigh(rows.T @ rows)  # by rising variance
+    axes = axes[:, -3:].flip(1)
+    scores = rows @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())
+    if reference is not None:
+        reference = F.interpolate(reference.movedim(3, 1), features.shape[1:3], mode="area").movedim(1, 3)
+        correlation = F.normalize(reference.flatten(0, 2), dim=0).T @ F.normalize(scores, dim=0)
+        _, order = linear_sum_assignment(correlation.abs(), maximize=True)
+        scores = scores[:, order] * torch.where(correlation[range(3), order] < 0, -1, 1)
+    return scores.reshape(*features.shape[:3], 3)
+
+
+def colours(scores):
+    """Scores (B, h, w, 3) as RGB, uint8: grey is the mean, two standard deviations are black or full."""
+    std = scores.square().mean((0, 1, 2)).sqrt().clamp(min=1e-12)
+    return ((scores / std / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def kernel(features, k):
+    """Of features (n, D): cosines (n, n), and whether j is one of the k nearest others of i, (n, n) bool."""
+    features = F.normalize(features.double(), dim=1)  # features of all images may have cosines near 1
+    cosines = features @ features.T
+    nearest = cosines.clone().fill_diagonal_(-torch.inf).topk(k).indices
+    return cosines, torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
+
+
+def cknna(a, b):
+    """CKNNA of two `kernel`s of the same images; 1 if they are equal (Huh et al. 2024, arXiv 2405.07987).
+
+    It is CKA over those neighbours of each image that both sets of features agree on.
+    """
+    (cosines_a, near_a), (cosines_b, near_b) = a, b
+    own_a, own_b = cosines_a * near_a, cosines_b * near_b
+    return (hsic(own_a * near_b, own_b * near_a) / (hsic(own_a, own_a) * hsic(own_b, own_b)).sqrt()).item()
+
+
+def hsic(a, b):
+    """The unbiased HSIC of kernels (n, n) with zeros on the diagonal (Song et al. 2012, Eq. 5)."""
+    n = len(a)
+    total = (a * b.T).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * a.sum(0) @ b.sum(1)
+    return total / (n * (n - 3))
+
+
+def variance(z):
+    """Of latents z (N, C, H, W), over the pixels of each channel: the mean over channels and images."""
+    return z.var(dim=(2, 3), correction=0).mean().item()
+
+
+def total_variation(z):
+    """Of latents z (N, C, H, W), the |differences| of neighbours on both axes, summed over the pixels of each
+    channel: the mean over channels and images."""
+    return sum(z.diff(dim=dim).abs().sum(dim=(2, 3)).mean().item() for dim in (2, 3))
+
+
+def speed_up(baseline, other):
+    """(the lowest value of baseline, its step, the step at which other gets there or None).
+
+    Both are {step: value} in order of steps; between checkpoints, values are taken to lie on a line.
+    """
+    step, value = min(baseline.items(), key=lambda item: item[1])
+    steps, values = list(other), list(other.values())
+    for i, reached in enumerate(values):
+        if reached <= value:
+            before = max(i - 1, 0)
+            return value, step, float(np.interp(value, [reached, values[before]], [steps[i], steps[before]]))
+    return value, step, None
+
+
+def draw_convergence(args):
+    """FID against steps: sample.py and fid.py for each checkpoint of each RUN, whose results are kept in
+    RUN/figures, so that nothing is done twice. Writes convergence.png, and images.png: samples of the same
+    noise and classes, runs in rows and steps in columns."""
+    figure = new_figure(6, 4)
+    runs = {}  # {name: {step: checkpoint}}
+    for name, folder in zip(short_names(args, args.runs), args.runs):
+        found = {int(path.stem): path for path in sorted(Path(folder, "checkpoints").glob("[0-9]*.pt"))}
+        runs[name] = {step: path for step, path in found.items() if not args.steps or step in args.steps}
+        if not runs[name]:
+            fail(f"{folder} has no numbered checkpoint{' of --steps' if args.steps else ''}: train.py writes "
+                 "checkpoints/STEP.pt every --ckpt-every steps")
+    _, trained = load_model(next(iter(found.values())))
+    n = trained["data"]["num_classes"]
+    args.classes = args.classes or np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
+    metrics = {name: {step: measure(path, args) for step, path in by_step.items()}
+               for name, by_step in runs.items()}
+    images = {(name, step): draw_classes(path, args) for name, by_step in runs.items()
+              for step, path in by_step.items()}
+
+    print_table(["", "step", *METRICS], [
+        [name, step, *(f"{found[key]:.{n}f}" if key in found else "" for key, n in METRICS.items())]
+        for name, by_step in metrics.items() for step, found in by_step.items()])
+    curves = {name: {step: found.get(args.metric) for step, found in by_step.items()}
+              for name, by_step in metrics.items()}
+    if None in [value for curve in curves.values() for value in curve.values()]:
+        fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
+    plot_convergence(figure.subplots(), curves, args.metric)
+    save_figure(figure, Path(args.out, "convergence.png"))
+
+    steps = sorted({step for by_step in runs.values() for step in by_step})
+    columns = [("step" if i == 0 else "", f"{step:,}") for i, step in enumerate(steps)]
+    rows = [(f"class {y}" if i == 0 else "", name) for y in args.classes for i, name in enumerate(runs)]
+    cells = [[images[name, step][i] if (name, step) in images else None for step in steps]
+             for i in range(len(args.classes)) for name in runs]
+    draw_sheet(columns, rows, cells, Path(args.out, "images.png"))
+
+
+def measure(checkpoint, args):
+    """fid.py's metrics of samples of a checkpoint, {name: value}."""
+    folder = checkpoint.parent.parent / "figures" / f"{args.num_samples}_{args.mode}-{args.num_steps}"
+    samples, record = folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
+    space = f"detector {fid.sha256(args.detector)[:16]}" if args.detector else fid.ADM_INCEPTION
+    wanted = {"reference": str(Path(args.ref).resolve()), "feature_space": space}
+    if not record.exists() or not wanted.items() <= json.loads(record.read_text()).items():
+        detector = ("--detector", args.detector) if args.detector else ()
+        call("sample.py", "--ckpt", checkpoint, "--num-samples", args.num_samples, "--mode", args.mode,
+             "--num-steps", args.num_steps, "--out", samples, processes=args.nproc_per_node)
+        call("fid.py", samples, "--ref", args.ref, *detector, "--json", record, processes=args.nproc_per_node)
+    return json.loads(record.read_text())
+
+
+def draw_classes(checkpoint, args):
+    """An image (S, S, 3) of each class by a checkpoint: image i is always of the same noise."""
+    classes = "-".join(map(str, args.classes))
+    folder = f"{args.mode}-{args.num_steps}_cfg-{args.cfg_scale:g}_classes-{classes}"
+    path = checkpoint.parent.parent / "figures" / folder / f"{checkpoint.stem}.png"
+    if not path.exists():
+        call("sample.py", "--ckpt", checkpoint, "--classes", *args.classes, "--per-class", 1, "--mode",
+             args.mode, "--num-steps", args.num_steps, "--cfg-scale", args.cfg_scale, "--out", path)
+    with Image.open(path) as image:
+        return np.split(np.asarray(image), len(args.classes))
+
+
+def call(script, *words, processes=1):
+    """Run a script as a user would; if it fails, it has said why."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else ()), str(ROOT / script), *map(str, words)]
+    print(f"$ python {shlex.join(command)}", file=sys.stderr)
+    status = subprocess.run([sys.executable, *command]).returncode
+    if status:
+        sys.exit(status)
+
+
+def plot_convergence(axes, curves, metric):
+    """The metric against the steps; arrows go from the first run's best to where the others reach it."""
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    axes.set(xlabel="training steps", ylabel=metric, yscale="linear" if sign < 0 else "log")
+    signed = [{step: sign * value for step, value in curve.items()} for curve in curves.values()]
+    for (name, curve), low in zip(curves.items(), signed):
+        axes.plot(list(curve), list(curve.values()), "o-", label=name)
+        value, step, reached = speed_up(signed[0], low)
+        if low is signed[0]:
+            print(f"\n{name}: best {metric} {value * sign:.4g}, at step {step}")
+        elif reached is None:
+            print(f"{name}: does not reach it")
+        else:
+            print(f"{name}: reaches it at step {reached:.0f}, {step / reached:.2f} times as fast")
+            arrow = {"arrowstyle": "->", "linestyle": "--"}
+            axes.annotate("", (reached, value * sign), (step, value * sign), arrowprops=arrow)
+            axes.annotate(f"{step / reached:.1f}×", (reached, value * sign), (-4, -4 * sign), ha="right",
+                          va="top" if sign > 0 else "bottom", textcoords="offset points")
+    if sign > 0:
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend()
+
+
+def draw_features(args):
+    """What SiT's blocks hold: features.png shows a few images, their latents and the outputs of blocks, by
+    their first three principal components (of --count images) as red, green, blue. The model sees no label."""
+    latents = Latents(args.data)
+    models = load_models(args, latents)
+    rows, shown = choose_rows(latents, args, at_least=2), slice(args.images)
+    _, _, device = init_distributed()
+    x, _, labels = latents.read(rows)
+    latent = principal_components(x.movedim(1, 3))
+    columns = [("", "image"), ("", "latent")]
+    pictures = {t: [decoded(latents, x[shown], device), colours(latent)] for t in args.t}
+    for name, model in models.items():
+        layers = args.layers or np.unique(np.linspace(1, len(model.blocks), 6).astype(int)).tolist()
+        columns += [(name if layer == layers[0] else "", f"block {layer}") for layer in layers]
+        side = model.input_size // model.patch_size
+        for t in tqdm(args.t, name):
+            outputs = block_outputs(model.to(device), x, rows, labels, t)
+            maps = [outputs[layer - 1].cpu().unflatten(1, (side, side)) for layer in layers]
+            pictures[t] += [colours(principal_components(features, latent)) for features in maps]
+    first = args.t[0]  # the row with the image and its latent
+    titles = [(f"image {row}" if t == first else "", f"t = {t}") for row in rows[shown] for t in args.t]
+    cells = [[picture[i] if t == first or j > 1 else None for j, picture in enumerate(pictures[t])]
+             for i in range(len(rows[shown])) for t in args.t]
+    draw_sheet(columns, titles, cells, Path(args.out, "features.png"))
+
+
+def draw_cknna(args):
+    """How far SiT's blocks agree with --target: CKNNA of both, averaged over the tokens, for --count images.
+    Writes cknna.json and the plot cknna.png. The model sees no label."""
+    figure = new_figure(2.5 * len(args.t) + 1, 3)
+    latents = Latents(args.data, with_images=args.target != "latents")
+    models = load_models(args, latents)
+    rows = choose_rows(latents, args, at_least=args.k + 1)
+    _, _, device = init_distributed()
+    encoder = load_target(args, latents, device)
+    batches, target = [], []
+    for part in tqdm(np.split(rows, range(64, len(rows), 64)), args.target):
+        x, _, labels, *images = latents.read(part)
+        batches.append((x, part, labels))
+        target.append(target_features(args.target, encoder, x, *images, device=device))
+    where = device if device.type == "cuda" else "cpu"  # MPS has no float64
+    target = kernel(torch.cat(target).to(where), args.k)
+
+    found = {name: {} for name in models}  # {name: {t: CKNNA of each block}}
+    for name, model in models.items():
+        for t in args.t:
+            outputs = [[h.mean(1) for h in block_outputs(model.to(device), *batch, t)]
+                       for batch in tqdm(batches, f"{name}, t = {t}")]
+            found[name][t] = [cknna(kernel(torch.cat(layer).to(where), args.k), target)
+                              for layer in zip(*outputs)]
+    write_json(Path(args.out, "cknna.json"), found)
+    print_table(["", "block", *(f"t = {t}" for t in args.t)], [
+        [name, layer, *(f"{value:.3f}" for value in values)]
+        for name, by_t in found.items() for layer, values in enumerate(zip(*by_t.values()), start=1)])
+    axes = figure.subplots(1, len(args.t), sharey=True, squeeze=False)[0]
+    for panel, t in zip(axes, args.t):
+        panel.set(title=f"t = {t}", xlabel="block")
+        for name, by_t in found.items():
+            panel.plot(range(1, len(by_t[t]) + 1), by_t[t], "o-", label=name)
+    axes[0].set_ylabel(f"CKNNA with {Path(args.target).stem}")
+    axes[-1].legend()
+    save_figure(figure, Path(args.out, "cknna.png"))
+
+
+def draw_latents(args):
+    """Variance and total variation of one or several sets of latents of the same images, before shift and
+    scale. Writes latents.png, in which their first three principal components are red, green and blue."""
+    sets = {name: Latents(folder) for name, folder in zip(short_names(args, args.data), args.data)}
+    first, table, reference = next(iter(sets.values())), [], None
+    for name, latents in sets.items():
+        if any(latents.facts[key] != first.facts[key] for key in ("count", "files_sha256")):
+            fail(f"{name} holds latents of other images than {next(iter(sets))}: extract both from one folder")
+    rows, shown = choose_rows(first, args, at_least=2), slice(args.images)
+    _, _, device = init_distributed()
+    pictures = [decoded(first, first.read(rows[shown])[0], device)]
+    for name, latents in sets.items():
+        x, _, _ = latents.read(rows)
+        z = x / torch.from_numpy(latents.scale) + torch.from_numpy(latents.shift)
+        shape = "×".join(map(str, z.shape[1:]))
+        table.append([name, latents.facts["vae"], shape, f"{variance(z):.4g}", f"{total_variation(z):.5g}"])
+        reference = principal_components(z.movedim(1, 3), reference)
+        pictures.append(colours(reference)[shown])
+    print_table(["", "VAE", "shape", "variance", "total variation"], table)
+    columns = [("", title) for title in ("image", *sets)]
+    titles = [("", f"image {row}") for row in rows[shown]]
+    draw_sheet(columns, titles, list(zip(*pictures)), Path(args.out, "latents.png"))
+
+
+def load_models(args, latents):
+    """{name: model} of --ckpt, each trained on latents such as these; `reads_labels`: has no null class."""
+    models = {}
+    for name, path in zip(short_names(args, args.ckpt), args.ckpt):
+        models[name], trained = load_model(path)
+        models[name].reads_labels = trained.get("label_dropout") == 0
+        for key in ("latent_shape", "vae", "shift", "scale", *["num_classes"] * models[name].reads_labels):
+            here, there = (str(facts[key]).replace("sd-vae-ft-ema", "sd-vae-ft-mse")  # which encode alike
+                           for facts in (latents.facts, trained["data"]))
+            if here != there:
+                fail(f"{path} was trained on other latents than {args.data}: {key} is {there}, not {here}")
+        if max(getattr(args, "layers", None) or [1]) > len(models[name].blocks):
+            fail(f"--layers {max(args.layers)}: {path} has {len(models[name].blocks)} blocks")
+    return models
+
+
+def choose_rows(latents, args, at_least):
+    """Rows of --count images, a fixed random choice."""
+    rows = np.random.default_rng(0).permutation(latents.facts["count"])[:args.count]
+    if len(rows) < at_least:
+        fail(f"takes at least {at_least} images, not {len(rows)}; see --count, and --k if there is one")
+    return rows
+
+
+@torch.no_grad()
+def block_outputs(model, x, rows, labels, t):
+    """The output (B, N, D) of each block for latents x (B, C, H, W), noised to t; noise depends on the row."""
+    noise = randn_like(x, [rng(0, int(row), "cpu") for row in rows])
+    y = labels if model.reads_labels else torch.full_like(labels, model.num_classes)
+    times = torch.full((len(x),), t)
+    x_t, _ = interpolate(x, noise, times)
+    h, c = model.embed(*(value.to(model.pos_embed.device) for value in (x_t, times, y)))
+    return [h := block(h, c) for block in model.blocks]
+
+
+def load_target(args, latents, device):
+    """What --target names: REPA's encoder or a detector, or None for latents."""
+    try:
+        if args.target.endswith(".pt2"):
+            return fid.load_detector(args.target, device)
+        if args.target != "latents":
+            return load_encoder(args.target, args.repa_hub, latents.facts["image_size"]).to(device)
+    except Exception as error:  # of many kinds
+        fail(f"--target {args.target} cannot be loaded: {first_line(error)}")
+
+
+def target_features(name, encoder, x, images=None, device="cpu"):
+    """Features (B, D) of latents x (B, C, H, W) or images (B, 3, S, S)."""
+    if name == "latents":
+        return x.mean((2, 3)).to(device)
+    if name.endswith(".pt2"):
+        return fid.run_network(encoder, images.permute(0, 2, 3, 1).numpy(), device)["features"]
+    return encoder(images.to(device)).mean(1)
+
+
+def decoded(latents, x, device):
+    """The images (B, S, S, 3) that latents x (B, C, H, W) stand for."""
+    facts = latents.facts
+    try:
+        return decode(load_vae(facts["vae"]).to(device), x.to(device), facts["shift"], facts["scale"]).cpu()
+    except Exception as error:  # hub, config, weights, sizes
+        fail(f"the VAE {facts['vae']} cannot decode its latents: {first_line(error)}")
+
+
+def short_names(args, paths):
+    """--names, or of each path the words that not all of them share."""
+    if args.names and len(args.names) != len(paths):
+        fail(f"--names gives {len(args.names)} for {len(paths)}: {', '.join(paths)}")
+    words = [path.removesuffix(".pt").strip("/").replace("_", "/").split("/") for path in paths]
+    shared = set.intersection(*map(set, words))
+    names = args.names or [" ".join(word for word in own if word not in shared) or own[-1] for own in words]
+    if len(set(names)) < len(names):
+        fail(f"two have the same name: {', '.join(names)}; give --names")
+    return names
+
+
+def print_table(headings, rows):
+    for row in (headings, ["---"] * len(headings), *rows):
+        print("|", " | ".join(map(str, row)), "|")
+
+
+def new_figure(width, height):
+    """An empty plot of this size in inches."""
+    try:
+        from matplotlib.figure import Figure  # optional
+    except ImportError:
+        fail("plots need matplotlib: `pip install matplotlib`, then run the same command again")
+    return Figure((width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(path)
+
+
+def draw_sheet(columns, rows, cells, path):
+    """Write images as a table. columns, rows: (group, title) of each, group "" but for the first of a group;
+    cells: for each row, an image (H, W, 3) or None for each column."""
+    font = ImageFont.load_default(size=14)
+    xs, width = places(columns, max(int(font.getlength(text)) for row in rows for text in row) + GAP)
+    ys, height = places(rows, 2 * GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, titles in zip(xs, columns):
+        draw.text((x, ys[0] - 2), "\n".join(titles), "black", font, anchor="ld")
+    for y, titles in zip(ys, rows):
+        draw.text((GAP / 2, y), "\n".join(titles), "black", font)
+    for y, row in zip(ys, cells):
+        for x, image in zip(xs, row):
+            if image is not None:
+                how = Image.Resampling.NEAREST if len(image) <= CELL else Image.Resampling.LANCZOS
+                sheet.paste(Image.fromarray(np.asarray(image)).resize((CELL, CELL), how), (x, y))
+    with atomic_write(path) as file:
+        sheet.save(file, "PNG")
+    print(path)
+
+
+def places(titles, start):
+    """Where the images of each row or column begin, with a gap before each group; and where all end."""
+    begins = []
+    for i, (group, _) in enumerate(titles):
+        start += GAP if group or not i else 2
+        begins.append(start)
+        start += CELL
+    return begins, start + GAP
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for draw in (draw_convergence, draw_features, draw_cknna, draw_latents):
+        command = commands.add_parser(draw.__name__.removeprefix("draw_"), doc=draw.__doc__)
+        command.set_defaults(draw=draw)
+        add = command.add_argument
+        if draw is draw_convergence:
+            add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
+            add("--ref", required=True, help="fid.py's reference: .npz, .npy or folder")
+            add("--detector", metavar="FILE.pt2", help="fid.py's, in Inception's place")
+            add("--metric", choices=METRICS, default="FID", help="to plot")
+            add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
+            add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint")
+            add("--mode", choices=["sde", "ode"], default="sde", help="sample.py's")
+            add("--num-steps", type=positive_int, default=250, help="of the sampler")
+            add("--classes", type=int, nargs="+", help="to show (default: up to 4, evenly spaced)")
+            add("--cfg-scale", type=float, default=4.0, help="guidance of the images shown")
+            add("--nproc-per-node", type=positive_int, default=1, help="processes that sample and measure")
+        else:
+            several = {"nargs": "+", "action": "extend"}
+            add("--data", required=True, metavar="LATENTS", help="folder of extract_latents.py",
+                **several if draw is draw_latents else {})
+            count = 64 if draw is draw_features else 10_000
+            add("--count", type=positive_int, default=count, help="images to use, at random")
+        if draw in (draw_features, draw_latents):
+            add("--images", type=positive_int, default=4, help="how many of them to show")
+        if draw in (draw_features, draw_cknna):
+            add("--ckpt", required=True, metavar="FILE", help="of train.py, REPA or SRA", **several)
+            add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
+        if draw is draw_features:
+            add("--layers", type=positive_int, nargs="+", help="blocks to show (default: 6, evenly spaced)")
+        if draw is draw_cknna:
+            add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a "
+                "FILE.pt2 as fid.py's --detector, or `latents`")
+            add("--repa-hub", metavar="DIR", help="clone of torch.hub's repository, as train.py's")
+            add("--k", type=positive_int, default=10, help="nearest neighbours")
+        add("--names", nargs="+", help="for runs, checkpoints or sets (default: words of their paths)")
+        add("--out", default="runs/figures", help="folder for the pictures")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    args.draw(args)
+
+
+if __name__ == "__main__":
+    run(main)
