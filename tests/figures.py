@@ -116,37 +116,39 @@ def draw_convergence(args):
     """FID against steps: sample.py and fid.py for each checkpoint of each RUN, whose results are kept in
     RUN/figures, so that nothing is done twice. Writes convergence.png, and images.png: samples of the same
     noise and classes, runs in rows and steps in columns."""
-    figure = new_figure(6, 4)
-    runs = {}  # {name: {step: checkpoint}}
-    for name, folder in zip(short_names(args, args.runs), args.runs):
-        found = {int(path.stem): path for path in sorted(Path(folder, "checkpoints").glob("[0-9]*.pt"))}
-        runs[name] = {step: path for step, path in found.items() if not args.steps or step in args.steps}
-        if not runs[name]:
+    figure, checkpoints, curves = new_figure(6, 4), {}, {}
+    names = short_names(args, args.runs)
+    for name, folder in zip(names, args.runs):
+        paths = sorted(path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdigit())
+        paths = [path for path in paths if not args.steps or int(path.stem) in args.steps]
+        checkpoints |= {(name, int(path.stem)): path for path in paths}
+        if not paths:
             fail(f"{folder} has no numbered checkpoint{' of --steps' if args.steps else ''}: train.py writes "
                  "checkpoints/STEP.pt every --ckpt-every steps")
-    _, trained = load_model(next(iter(found.values())))
-    n = trained["data"]["num_classes"]
-    args.classes = args.classes or np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
-    metrics = {name: {step: measure(path, args) for step, path in by_step.items()}
-               for name, by_step in runs.items()}
-    images = {(name, step): draw_classes(path, args) for name, by_step in runs.items()
-              for step, path in by_step.items()}
+    for path in filter(None, (args.ref, args.detector)):
+        if not Path(path).exists():
+            fail(f"{path}: there is no such file or folder")
+    if not args.classes:
+        n = load_model(paths[0])[1]["data"]["num_classes"]
+        args.classes = np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
+    images = {key: draw_classes(path, args) for key, path in checkpoints.items()}
+    metrics = {key: measure(path, args) for key, path in checkpoints.items()}
 
     print_table(["", "step", *METRICS], [
-        [name, step, *(f"{found[key]:.{n}f}" if key in found else "" for key, n in METRICS.items())]
-        for name, by_step in metrics.items() for step, found in by_step.items()])
-    curves = {name: {step: found.get(args.metric) for step, found in by_step.items()}
-              for name, by_step in metrics.items()}
-    if None in [value for curve in curves.values() for value in curve.values()]:
-        fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
-    plot_convergence(figure.subplots(), curves, args.metric)
+        [*key, *(f"{found[metric]:.{n}f}" if metric in found else "" for metric, n in METRICS.items())]
+        for key, found in metrics.items()])
+    for (name, step), found in metrics.items():
+        if args.metric not in found:
+            fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
+        curves.setdefault(name, {})[step] = found[args.metric]
+    plot_convergence(figure.subplots(), curves, args)
     save_figure(figure, Path(args.out, "convergence.png"))
 
-    steps = sorted({step for by_step in runs.values() for step in by_step})
-    columns = [("step" if i == 0 else "", f"{step:,}") for i, step in enumerate(steps)]
-    rows = [(f"class {y}" if i == 0 else "", name) for y in args.classes for i, name in enumerate(runs)]
+    steps = sorted({step for _, step in checkpoints})
+    columns = [("step" if step == steps[0] else "", f"{step:,}") for step in steps]
+    rows = [(f"class {y}" if name == names[0] else "", name) for y in args.classes for name in names]
     cells = [[images[name, step][i] if (name, step) in images else None for step in steps]
-             for i in range(len(args.classes)) for name in runs]
+             for i in range(len(args.classes)) for name in names]
     draw_sheet(columns, rows, cells, Path(args.out, "images.png"))
 
 
@@ -180,22 +182,26 @@ def call(script, *words, processes=1):
     """Run a script as a user would; if it fails, it has said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*(launcher if processes > 1 else ()), str(ROOT / script), *map(str, words)]
-    print(f"$ python {shlex.join(command)}", file=sys.stderr)
+    print(f"$ python {shlex.join(command)}", flush=True)
     status = subprocess.run([sys.executable, *command]).returncode
     if status:
         sys.exit(status)
 
 
-def plot_convergence(axes, curves, metric):
+def plot_convergence(axes, curves, args):
     """The metric against the steps; arrows go from the first run's best to where the others reach it."""
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    axes.set(xlabel="training steps", ylabel=metric, yscale="linear" if sign < 0 else "log")
+    sign = -1 if args.metric in HIGHER_IS_BETTER else 1
+    axes.set(xlabel="training steps", ylabel=f"{args.metric} ({Path(args.detector or 'Inception').stem})")
+    if sign > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     signed = [{step: sign * value for step, value in curve.items()} for curve in curves.values()]
     for (name, curve), low in zip(curves.items(), signed):
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
         value, step, reached = speed_up(signed[0], low)
         if low is signed[0]:
-            print(f"\n{name}: best {metric} {value * sign:.4g}, at step {step}")
+            print(f"\n{name}: best {args.metric} {value * sign:.4g}, at step {step}")
         elif reached is None:
             print(f"{name}: does not reach it")
         else:
@@ -204,23 +210,20 @@ def plot_convergence(axes, curves, metric):
             axes.annotate("", (reached, value * sign), (step, value * sign), arrowprops=arrow)
             axes.annotate(f"{step / reached:.1f}×", (reached, value * sign), (-4, -4 * sign), ha="right",
                           va="top" if sign > 0 else "bottom", textcoords="offset points")
-    if sign > 0:
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
 
 
 def draw_features(args):
-    """What SiT's blocks hold: features.png shows a few images, their latents and the outputs of blocks, by
-    their first three principal components (of --count images) as red, green, blue. The model sees no label."""
+    """What SiT's blocks hold: features.png shows a few images, their latents and the outputs of blocks, whose
+    first three principal components over --count images are red, green and blue. SiT is given no label."""
     latents = Latents(args.data)
     models = load_models(args, latents)
     rows, shown = choose_rows(latents, args, at_least=2), slice(args.images)
     _, _, device = init_distributed()
     x, _, labels = latents.read(rows)
     latent = principal_components(x.movedim(1, 3))
-    columns = [("", "image"), ("", "latent")]
-    pictures = {t: [decoded(latents, x[shown], device), colours(latent)] for t in args.t}
+    columns, pictures = [("", "image"), ("", "latent")], [decoded(latents, x[shown], device), colours(latent)]
+    pictures = {t: list(pictures) for t in args.t}  # of each column
     for name, model in models.items():
         layers = args.layers or np.unique(np.linspace(1, len(model.blocks), 6).astype(int)).tolist()
         columns += [(name if layer == layers[0] else "", f"block {layer}") for layer in layers]
@@ -238,7 +241,7 @@ def draw_features(args):
 
 def draw_cknna(args):
     """How far SiT's blocks agree with --target: CKNNA of both, averaged over the tokens, for --count images.
-    Writes cknna.json and the plot cknna.png. The model sees no label."""
+    Writes cknna.json and the plot cknna.png. SiT is given no label."""
     figure = new_figure(2.5 * len(args.t) + 1, 3)
     latents = Latents(args.data, with_images=args.target != "latents")
     models = load_models(args, latents)
@@ -281,7 +284,7 @@ def draw_latents(args):
     first, table, reference = next(iter(sets.values())), [], None
     for name, latents in sets.items():
         if any(latents.facts[key] != first.facts[key] for key in ("count", "files_sha256")):
-            fail(f"{name} holds latents of other images than {next(iter(sets))}: extract both from one folder")
+            fail(f"{name} holds latents of other images than the first set: extract both from one folder")
     rows, shown = choose_rows(first, args, at_least=2), slice(args.images)
     _, _, device = init_distributed()
     pictures = [decoded(first, first.read(rows[shown])[0], device)]
@@ -305,9 +308,9 @@ def load_models(args, latents):
         models[name], trained = load_model(path)
         models[name].reads_labels = trained.get("label_dropout") == 0
         for key in ("latent_shape", "vae", "shift", "scale", *["num_classes"] * models[name].reads_labels):
-            here, there = (str(facts[key]).replace("sd-vae-ft-ema", "sd-vae-ft-mse")  # which encode alike
-                           for facts in (latents.facts, trained["data"]))
-            if here != there:
+            here, there = latents.facts[key], trained["data"][key]
+            alike = "stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"  # they differ in the decoder
+            if here != there and not (here in alike and there in alike):
                 fail(f"{path} was trained on other latents than {args.data}: {key} is {there}, not {here}")
         if max(getattr(args, "layers", None) or [1]) > len(models[name].blocks):
             fail(f"--layers {max(args.layers)}: {path} has {len(models[name].blocks)} blocks")
@@ -324,7 +327,7 @@ def choose_rows(latents, args, at_least):
 
 @torch.no_grad()
 def block_outputs(model, x, rows, labels, t):
-    """The output (B, N, D) of each block for latents x (B, C, H, W), noised to t; noise depends on the row."""
+    """The output (B, N, D) of each block for latents x (B, C, H, W), noised to t by noise of their rows."""
     noise = randn_like(x, [rng(0, int(row), "cpu") for row in rows])
     y = labels if model.reads_labels else torch.full_like(labels, model.num_classes)
     times = torch.full((len(x),), t)

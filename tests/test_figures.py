@@ -64,7 +64,7 @@ def runs(tmp_path_factory, latents):
 
 @pytest.fixture(scope="module")
 def ckpts(runs, tmp_path_factory):
-    """Checkpoints of both, plain.pt and aligned.pt, in which noise makes each block differ from the one before."""
+    """Checkpoints of both, plain.pt and aligned.pt; noise in the weights tells their blocks apart."""
     torch.manual_seed(0)
     paths, folder = [], tmp_path_factory.mktemp("ckpts")
     for run in runs:
@@ -130,7 +130,8 @@ def test_principal_components_are_numpys():
     got = figures.principal_components(torch.from_numpy(maps))
     np.testing.assert_allclose(got, expected, atol=1e-8)
     place = np.random.default_rng(1).normal(size=(1, 4, 5, 9)) * 100  # is in all images
-    np.testing.assert_allclose(figures.principal_components(torch.from_numpy(maps + place)), expected, atol=1e-8)
+    shifted = figures.principal_components(torch.from_numpy(maps + place))
+    np.testing.assert_allclose(shifted, expected, atol=1e-8)
     np.testing.assert_array_equal(figures.colours(got), literal_colours(expected))
     two = figures.principal_components(torch.from_numpy(maps[..., :2]))
     assert (two[..., 2] == 0).all() and two[..., :2].abs().min() > 0
@@ -165,7 +166,8 @@ def literal_cknna(a, b, k):
         n = len(values)
         near = [[set(sorted((j for j in range(n) if j != i), key=lambda j: -other[i][j])[:k])
                  for i in range(n)] for other in others]
-        return [[values[i][j] if all(j in sets[i] for sets in near) else 0 for j in range(n)] for i in range(n)]
+        return [[values[i][j] if all(j in sets[i] for sets in near) else 0 for j in range(n)]
+                for i in range(n)]
 
     K, L = cosines(a), cosines(b)
     own = hsic(masked(K, K), masked(K, K)) * hsic(masked(L, L), masked(L, L))
@@ -180,7 +182,8 @@ def test_cknna():
     rng = np.random.default_rng(0)
     a, turn = rng.normal(size=(40, 6)), np.linalg.qr(rng.normal(size=(6, 6)))[0]
     b = a[:, :4] + 0.5 * rng.normal(size=(40, 4))
-    assert cknna_of(a, b, 7) == pytest.approx(literal_cknna(a, b, 7), abs=1e-9) and 0.2 < cknna_of(a, b, 7) < 0.8
+    assert cknna_of(a, b, 7) == pytest.approx(expected := literal_cknna(a, b, 7), abs=1e-9)
+    assert 0.2 < expected < 0.8
     assert cknna_of(a, 3 * a @ turn) == pytest.approx(1, abs=1e-9)
     many = rng.normal(size=(2, 1000, 20))
     assert abs(cknna_of(*many)) < 0.02
@@ -219,14 +222,16 @@ def test_convergence(runs, images, capsys, tmp_path, plots, sheets, monkeypatch)
     """What sample.py and fid.py give, in the table, the plot and the sheet; each is done once."""
     called = []
     monkeypatch.setattr(figures.subprocess, "run", in_this_process(called))
-    flags = ("--detector", DETECTOR, "--num-samples", 6, "--mode", "ode", "--num-steps", 2, "--out", tmp_path)
-    table = draw(capsys, "convergence", *runs, "--ref", images, *flags)
-    assert [Path(command[0]).name for command in called] == ["sample.py", "fid.py"] * 4 + ["sample.py"] * 4
+    sampler = ("--mode", "ode", "--num-steps", 2)
+    flags = ("--detector", DETECTOR, "--num-samples", 6, *sampler, "--out", tmp_path)
+    both = ("convergence", *runs, "--ref", images, *flags)
+    table = draw(capsys, *both)
+    assert [Path(command[0]).name for command in called] == ["sample.py"] * 4 + ["sample.py", "fid.py"] * 4
     assert [row[:2] for row in table] == [["plain", "2"], ["plain", "4"], ["aligned", "2"], ["aligned", "4"]]
 
-    sampler = ("--ckpt", runs[1] / "checkpoints" / "0000004.pt", "--mode", "ode", "--num-steps", 2)
-    cli(None, "sample", *sampler, "--num-samples", 6, "--out", tmp_path / "6.npz")
-    cli(None, "fid", tmp_path / "6.npz", "--ref", images, "--detector", DETECTOR, "--json", tmp_path / "6.json")
+    sampler = ("--ckpt", runs[1] / "checkpoints" / "0000004.pt", *sampler)
+    cli(None, "sample", *sampler, "--num-samples", 6, "--out", npz := tmp_path / "6.npz")
+    cli(None, "fid", npz, "--ref", images, "--detector", DETECTOR, "--json", tmp_path / "6.json")
     metrics = json.loads((tmp_path / "6.json").read_text())
     names = ["FID", "sFID", "IS", "Precision", "Recall"]
     assert [float(value) for value in table[3][2:]] == pytest.approx([metrics[n] for n in names], abs=0.005)
@@ -237,29 +242,32 @@ def test_convergence(runs, images, capsys, tmp_path, plots, sheets, monkeypatch)
 
     columns, rows, cells = sheets["images.png"]
     assert columns == [("step", "2"), ("", "4")]
-    assert rows == [(group, name) for y in range(3) for group, name in ((f"class {y}", "plain"), ("", "aligned"))]
-    cli(None, "sample", *sampler, "--classes", 0, 1, 2, "--per-class", 1, "--cfg-scale", 4, "--out", tmp_path / "c.png")
-    assert np.array_equal(np.concatenate([row[1] for row in cells[1::2]]), np.asarray(Image.open(tmp_path / "c.png")))
-    assert not np.array_equal(cells[0][1], cells[1][1]) and Image.open(tmp_path / "images.png").size[0] > 256
+    assert rows == [("class 0", "plain"), ("", "aligned"), ("class 1", "plain"), ("", "aligned"),
+                    ("class 2", "plain"), ("", "aligned")]
+    guided = ("--classes", 0, 1, 2, "--per-class", 1, "--cfg-scale", 4)
+    cli(None, "sample", *sampler, *guided, "--out", png := tmp_path / "classes.png")
+    assert np.array_equal(np.concatenate([row[1] for row in cells[1::2]]), np.asarray(Image.open(png)))
+    assert not np.array_equal(cells[0][1], cells[1][1]) and (tmp_path / "images.png").exists()
 
     called.clear()
-    assert draw(capsys, "convergence", *runs, "--ref", images, *flags) == table and not called
-    draw(capsys, "convergence", *runs, "--ref", images, *flags, "--metric", "IS", "--steps", 4, "--names", "a", "b")
+    assert draw(capsys, *both) == table and not called
+    draw(capsys, *both, "--metric", "IS", "--steps", 4, "--names", "a", "b")
     assert not called and Figure.last.lines()["b"] == ([4], [metrics["IS"]])
     samples = runs[0] / "figures" / "6_ode-2" / "0000002.npz"
     written = samples.stat().st_mtime_ns
     draw(capsys, "convergence", runs[0], "--ref", images / "class0", *flags, "--steps", 2)
     assert len(called) == 2 and samples.stat().st_mtime_ns == written  # only measured again
     draw(capsys, "convergence", runs[0], "--ref", images, *flags, "--steps", 2, "--classes", 1)
-    assert len(called) == 5 and called[4][-1].endswith(".png")
+    assert len(called) == 5 and called[2][-1].endswith(".png")
 
 
 def test_a_script_that_fails(runs, images, capsys, tmp_path, plots, monkeypatch):
     """Under torchrun if so asked; its status is the command's."""
     called = []
     monkeypatch.setattr(figures.subprocess, "run", in_this_process(called, status=3))
+    monkeypatch.setattr(figures, "draw_classes", lambda checkpoint, args: [])
     status, _, stderr = cli(capsys, "figures", "convergence", *runs, "--ref", images, "--nproc-per-node", 8)
-    assert status == 3 and len(called) == 1 and "sample.py" in message(stderr)
+    assert status == 3 and len(called) == 1 and not stderr
     assert called[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     assert called[0][called[0].index("--num-samples") + 1] == "50000"
 
@@ -327,7 +335,7 @@ def test_cknna_of_blocks(ckpts, stored, hub, capsys, tmp_path, plots, target):
         features = load_encoder(target, hub, 32)(images).mean(1).numpy()
     expected = [literal_cknna(h.mean(1).numpy(), features, 4) for h in outputs]
     assert found["aligned"]["0.5"] == pytest.approx(expected, abs=1e-5)
-    assert [row[:2] for row in table] == [[name, str(i)] for name in ("plain", "aligned") for i in range(1, 7)]
+    assert [row[:2] for row in table[5:8]] == [["plain", "6"], ["aligned", "1"], ["aligned", "2"]]
     assert [float(row[2]) for row in table[6:]] == pytest.approx(expected, abs=2e-3)
     assert Figure.last.lines()["aligned"] == ([1, 2, 3, 4, 5, 6], found["aligned"]["0.5"])
 
@@ -341,17 +349,18 @@ def test_a_model_without_null_class(latents, capsys, tmp_path, plots):
          "--out", tmp_path)
     x, outputs = outputs_of(ckpt, latents, 0.5, labels=True)
     expected = [literal_cknna(h.mean(1).numpy(), x.mean((2, 3)), 4) for h in outputs]
-    assert json.loads((tmp_path / "cknna.json").read_text())["0000003"]["0.5"] == pytest.approx(expected, abs=1e-5)
+    found = json.loads((tmp_path / "cknna.json").read_text())["0000003"]["0.5"]
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_latents(latents, capsys, tmp_path, sheets):
-    """Variance and total variation of z, from the stored means; a set of z twice as large has equal colours."""
+    """Variance and total variation of z, from the stored means; z twice as large has the same colours."""
     twice = tmp_path / "twice"
     shutil.copytree(latents, twice)
     moments = np.load(latents / "moments.npy")
     np.save(twice / "moments.npy", moments * np.float16(2))
-    table = draw(capsys, "latents", "--data", latents, twice, "--images", 3, "--out", tmp_path,
-                 "--names", "latents", "twice")
+    table = draw(capsys, "latents", "--data", latents, twice, "--names", "latents", "twice", "--images", 3,
+                 "--out", tmp_path)
     z = moments[:, :4].astype(np.float64)
     variation = sum(abs(np.diff(z, axis=axis)).sum((2, 3)).mean() for axis in (2, 3))
     assert [row[0] for row in table] == ["latents", "twice"] and table[0][2] == "4×8×8"
@@ -390,7 +399,7 @@ def test_names():
     def names(*paths):
         return figures.short_names(SimpleNamespace(names=None), list(paths))
     assert names("runs/SiT-XL-2_vae-repa-depth-0/", "runs/SiT-XL-2_lr-0.1") == ["vae-repa-depth-0", "lr-0.1"]
-    assert names("runs/a_b/checkpoints/0000200.pt", "runs/a_b/checkpoints/0000400.pt") == ["0000200", "0000400"]
+    assert names("a_b/checkpoints/0000200.pt", "a_b/checkpoints/0000400.pt") == ["0000200", "0000400"]
     assert names("runs/SiT-XL-2", "runs/SiT-XL-2_repa-depth-8") == ["SiT-XL-2", "repa-depth-8"]
     assert names("one/file.pt") == ["file"]
 
@@ -398,8 +407,8 @@ def test_names():
 def test_matplotlib_itself(tmp_path):
     """The plots that it draws, where it is installed."""
     pytest.importorskip("matplotlib")
-    figure = figures.new_figure(4, 3)
-    figures.plot_convergence(figure.subplots(), {"a": {1: 9.0, 2: 5.0}, "b": {1: 4.0, 2: 3.0}}, "FID")
+    figure, args = figures.new_figure(4, 3), SimpleNamespace(metric="FID", detector=None)
+    figures.plot_convergence(figure.subplots(), {"a": {1: 9.0, 2: 5.0}, "b": {1: 4.0, 2: 3.0}}, args)
     figures.save_figure(figure, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (600, 450)
 
@@ -409,7 +418,9 @@ def test_matplotlib_itself(tmp_path):
     ("convergence {run} --ref {images} --steps 3", "no numbered checkpoint of --steps:"),
     ("convergence {run} --ref {images} --names a b", "--names gives 2 for 1"),
     ("convergence {run} {run} --ref {images}", "the same name"),
-    ("convergence {run}", "--ref"),
+    ("convergence {run}", "--ref"), ("convergence {run} --ref nowhere", "nowhere: there"),
+    ("convergence {run} --ref {images} --cfg-scale 0.5", "--cfg-scale"),
+    ("convergence {run} --ref {images} --detector none", "none: there"),
     ("features --ckpt {ckpt} --data {other}", "vae is {vae}, not nobody/nothing"),
     ("features --ckpt {ckpt} --data {small}", "latent_shape is [4, 8, 8], not [4, 4, 4]"),
     ("features --ckpt {ckpt} --data {latents} --count 1", "at least 2 images, not 1"),
@@ -423,12 +434,15 @@ def test_matplotlib_itself(tmp_path):
     ("latents --data {latents} {other}", "other images"),
     ("latents --data {latents} --count 1", "at least 2"),
     ("latents --data nowhere", "no latents"), ("paint", "paint"), ("", "COMMAND")])
-def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsys, tmp_path, plots):
+def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsys, tmp_path, plots,
+                   monkeypatch):
+    monkeypatch.setattr(figures.subprocess, "run", in_this_process([]))
     write_set(tmp_path / "other", scale=1, shift=0)
     write_set(tmp_path / "small", size=4, vae=str(vae))
-    paths = {"run": runs[0], "ckpt": ckpts[0], "images": images, "latents": latents, "stored": stored, "vae": vae,
-             "other": tmp_path / "other", "small": tmp_path / "small"}
-    status, _, stderr = cli(capsys, "figures", *words.format(**paths).split(), *["--out", tmp_path / "out"] * bool(words))
+    paths = {"run": runs[0], "ckpt": ckpts[0], "images": images, "latents": latents, "stored": stored,
+             "vae": vae, "other": tmp_path / "other", "small": tmp_path / "small"}
+    out = ["--out", tmp_path / "out"] if words else []
+    status, _, stderr = cli(capsys, "figures", *words.format(**paths).split(), *out)
     assert status == 2 and says.format(**paths) in message(stderr)
     assert not (tmp_path / "out").exists()
 

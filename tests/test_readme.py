@@ -21,7 +21,7 @@ import extract_latents
 README = (ROOT / "README.md").read_text()
 TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
 WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
-SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark")
+SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures")
 
 
 def commands():
@@ -53,7 +53,9 @@ def test_commands_can_be_pasted(monkeypatch, command):
 def test_flags_exist(monkeypatch):
     """Those that the text names alone, too."""
     def options(parser):
-        known[script] = set(parser._option_string_actions)
+        commands = [action.choices for action in parser._actions if action.nargs == "A..."]  # of figures.py
+        parsers = [parser, *(command for choices in commands for command in choices.values())]
+        known[script] = {flag for parser in parsers for flag in parser._option_string_actions}
         raise SystemExit
 
     torchrun = torch.distributed.run.get_args_parser()._option_string_actions
