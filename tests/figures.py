@@ -8,6 +8,7 @@
 Numbers are printed, pictures go to --out. Plots need matplotlib. COMMAND --help lists its flags.
 """
 
+import inspect
 import json
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ from train import interpolate  # noqa: E402
 METRICS = {"FID": 2, "sFID": 2, "IS": 2, "Precision": 3, "Recall": 3}  # fid.py's, with decimals to show
 HIGHER_IS_BETTER = ("IS", "Precision", "Recall")
 CELL, GAP = 128, 16  # of a sheet, in pixels: the side of an image, the space between groups
+BATCH = 64  # images per forward
 
 
 def principal_components(features, reference=None):
@@ -62,26 +64,26 @@ def colours(scores):
     return ((scores / std / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def kernel(features, k):
-    """Of features (n, D): cosines (n, n), and whether j is one of the k nearest others of i, (n, n) bool."""
-    features = F.normalize(features.double(), dim=1)  # features of all images may have cosines near 1
+def neighbours(features, k):
+    """Of features (n, D): the cosines (n, n) with the k nearest others of each, elsewhere 0; where these are,
+    (n, n) bool; and the cosines' `hsic` with themselves."""
+    features = F.normalize(features.double(), dim=1)  # in float64, as cosines may all be near 1
     cosines = features @ features.T
-    nearest = cosines.clone().fill_diagonal_(-torch.inf).topk(k).indices
-    return cosines, torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
+    nearest = cosines.fill_diagonal_(-torch.inf).topk(k).indices
+    near = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
+    cosines = torch.where(near, cosines, 0)
+    return cosines, near, hsic(cosines, cosines)
 
 
 def cknna(a, b):
-    """CKNNA of two `kernel`s of the same images; 1 if they are equal (Huh et al. 2024, arXiv 2405.07987).
-
-    It is CKA over those neighbours of each image that both sets of features agree on.
-    """
-    (cosines_a, near_a), (cosines_b, near_b) = a, b
-    own_a, own_b = cosines_a * near_a, cosines_b * near_b
-    return (hsic(own_a * near_b, own_b * near_a) / (hsic(own_a, own_a) * hsic(own_b, own_b)).sqrt()).item()
+    """CKNNA of the `neighbours` of two features of the same images, 1 if they agree (Huh et al. 2024, arXiv
+    2405.07987): CKA, to which an image counts only if it is a neighbour by both features."""
+    (cosines_a, near_a, own_a), (cosines_b, near_b, own_b) = a, b
+    return (hsic(cosines_a * near_b, cosines_b * near_a) / (own_a * own_b).sqrt()).item()
 
 
 def hsic(a, b):
-    """The unbiased HSIC of kernels (n, n) with zeros on the diagonal (Song et al. 2012, Eq. 5)."""
+    """The unbiased HSIC of kernels (n, n) with zeros on the diagonal, n > 3 (Song et al. 2012, Eq. 5)."""
     n = len(a)
     total = (a * b.T).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * a.sum(0) @ b.sum(1)
     return total / (n * (n - 3))
@@ -113,37 +115,37 @@ def speed_up(baseline, other):
 
 
 def draw_convergence(args):
-    """FID against steps: sample.py and fid.py for each checkpoint of each RUN, whose results are kept in
-    RUN/figures, so that nothing is done twice. Writes convergence.png, and images.png: samples of the same
-    noise and classes, runs in rows and steps in columns."""
-    figure, checkpoints, curves = new_figure(6, 4), {}, {}
-    names = short_names(args, args.runs)
+    """FID against steps, by sample.py and fid.py for each checkpoint of each RUN. Metrics and samples (10 GB
+    for 50,000 of 256x256) are kept in RUN/figures and not made again. Writes convergence.png, and images.png:
+    images of the same noise and classes, runs in rows and steps in columns."""
+    figure, names = new_figure(6, 4), short_names(args, args.runs)
+    checkpoints, images, metrics, curves = {}, {}, {}, {name: {} for name in names}  # by (name, step)
     for name, folder in zip(names, args.runs):
-        paths = sorted(path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdigit())
-        paths = [path for path in paths if not args.steps or int(path.stem) in args.steps]
-        checkpoints |= {(name, int(path.stem)): path for path in paths}
-        if not paths:
-            fail(f"{folder} has no numbered checkpoint{' of --steps' if args.steps else ''}: train.py writes "
-                 "checkpoints/STEP.pt every --ckpt-every steps")
-    for path in filter(None, (args.ref, args.detector)):
-        if not Path(path).exists():
-            fail(f"{path}: there is no such file or folder")
+        paths = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdigit()]
+        found = {(name, int(path.stem)): path for path in sorted(paths, key=lambda path: int(path.stem))}
+        checkpoints |= {key: path for key, path in found.items() if key[1] in (args.steps or [key[1]])}
+        missing = [step for step in args.steps or () if (name, step) not in found]
+        if missing or not found:
+            fail(f"{folder}/checkpoints has no {missing[0] if missing else 'STEP'}.pt; train.py writes one "
+                 "every --ckpt-every steps")
+    space = fid.load_network(args, "cpu")[1]  # the name of its features
     if not args.classes:
-        n = load_model(paths[0])[1]["data"]["num_classes"]
+        n = load_model(next(iter(checkpoints.values())))[1]["data"]["num_classes"]
         args.classes = np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
-    images = {key: draw_classes(path, args) for key, path in checkpoints.items()}
-    metrics = {key: measure(path, args) for key, path in checkpoints.items()}
+    for key, path in checkpoints.items():
+        images[key] = draw_classes(path, args)
+    fid.Images(args.ref, len(images[key][0]))  # a check
+    for (name, step), path in checkpoints.items():
+        metrics[name, step] = found = measure(path, space, args)
+        if args.metric not in found:
+            fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
+        curves[name][step] = found[args.metric]
 
     print_table(["", "step", *METRICS], [
         [*key, *(f"{found[metric]:.{n}f}" if metric in found else "" for metric, n in METRICS.items())]
         for key, found in metrics.items()])
-    for (name, step), found in metrics.items():
-        if args.metric not in found:
-            fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
-        curves.setdefault(name, {})[step] = found[args.metric]
     plot_convergence(figure.subplots(), curves, args)
     save_figure(figure, Path(args.out, "convergence.png"))
-
     steps = sorted({step for _, step in checkpoints})
     columns = [("step" if step == steps[0] else "", f"{step:,}") for step in steps]
     rows = [(f"class {y}" if name == names[0] else "", name) for y in args.classes for name in names]
@@ -152,17 +154,17 @@ def draw_convergence(args):
     draw_sheet(columns, rows, cells, Path(args.out, "images.png"))
 
 
-def measure(checkpoint, args):
+def measure(checkpoint, space, args):
     """fid.py's metrics of samples of a checkpoint, {name: value}."""
     folder = checkpoint.parent.parent / "figures" / f"{args.num_samples}_{args.mode}-{args.num_steps}"
     samples, record = folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
-    space = f"detector {fid.sha256(args.detector)[:16]}" if args.detector else fid.ADM_INCEPTION
     wanted = {"reference": str(Path(args.ref).resolve()), "feature_space": space}
     if not record.exists() or not wanted.items() <= json.loads(record.read_text()).items():
-        detector = ("--detector", args.detector) if args.detector else ()
+        network = ["--weights", args.weights] if args.weights else []
+        network = ["--detector", args.detector] if args.detector else network
         call("sample.py", "--ckpt", checkpoint, "--num-samples", args.num_samples, "--mode", args.mode,
              "--num-steps", args.num_steps, "--out", samples, processes=args.nproc_per_node)
-        call("fid.py", samples, "--ref", args.ref, *detector, "--json", record, processes=args.nproc_per_node)
+        call("fid.py", samples, "--ref", args.ref, *network, "--json", record, processes=args.nproc_per_node)
     return json.loads(record.read_text())
 
 
@@ -179,11 +181,13 @@ def draw_classes(checkpoint, args):
 
 
 def call(script, *words, processes=1):
-    """Run a script as a user would; if it fails, it has said why."""
+    """Run a script as a user would; one that fails has said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*(launcher if processes > 1 else ()), str(ROOT / script), *map(str, words)]
     print(f"$ python {shlex.join(command)}", flush=True)
     status = subprocess.run([sys.executable, *command]).returncode
+    if status < 0:
+        fail(f"{script} was killed by signal {-status}")
     if status:
         sys.exit(status)
 
@@ -192,10 +196,6 @@ def plot_convergence(axes, curves, args):
     """The metric against the steps; arrows go from the first run's best to where the others reach it."""
     sign = -1 if args.metric in HIGHER_IS_BETTER else 1
     axes.set(xlabel="training steps", ylabel=f"{args.metric} ({Path(args.detector or 'Inception').stem})")
-    if sign > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
     signed = [{step: sign * value for step, value in curve.items()} for curve in curves.values()]
     for (name, curve), low in zip(curves.items(), signed):
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
@@ -218,57 +218,59 @@ def draw_features(args):
     first three principal components over --count images are red, green and blue. SiT is given no label."""
     latents = Latents(args.data)
     models = load_models(args, latents)
-    rows, shown = choose_rows(latents, args, at_least=2), slice(args.images)
+    for name, model in models.items():
+        if max(args.layers or [1]) > len(model.blocks):
+            fail(f"--layers {max(args.layers)}: {name} has {len(model.blocks)} blocks")
+    rows, times = choose_rows(latents, args, at_least=2), sorted(set(args.t))
     _, _, device = init_distributed()
     x, _, labels = latents.read(rows)
-    latent = principal_components(x.movedim(1, 3))
+    latent, shown = principal_components(x.movedim(1, 3)), slice(args.images)
     columns, pictures = [("", "image"), ("", "latent")], [decoded(latents, x[shown], device), colours(latent)]
-    pictures = {t: list(pictures) for t in args.t}  # of each column
+    pictures = {t: list(pictures) for t in times}  # of each column
     for name, model in models.items():
         layers = args.layers or np.unique(np.linspace(1, len(model.blocks), 6).astype(int)).tolist()
         columns += [(name if layer == layers[0] else "", f"block {layer}") for layer in layers]
         side = model.input_size // model.patch_size
-        for t in tqdm(args.t, name):
-            outputs = block_outputs(model.to(device), x, rows, labels, t)
-            maps = [outputs[layer - 1].cpu().unflatten(1, (side, side)) for layer in layers]
+        for t in times:
+            outputs = block_outputs(model.to(device), x, rows, labels, t, layers)
+            maps = [h.unflatten(1, (side, side)) for h in outputs]
             pictures[t] += [colours(principal_components(features, latent)) for features in maps]
-    first = args.t[0]  # the row with the image and its latent
-    titles = [(f"image {row}" if t == first else "", f"t = {t}") for row in rows[shown] for t in args.t]
-    cells = [[picture[i] if t == first or j > 1 else None for j, picture in enumerate(pictures[t])]
-             for i in range(len(rows[shown])) for t in args.t]
+        model.cpu()
+    titles = [(f"image {row}" if t == times[0] else "", f"t = {t}") for row in rows[shown] for t in times]
+    cells = [[picture[i] if t == times[0] or j > 1 else None for j, picture in enumerate(pictures[t])]
+             for i in range(len(rows[shown])) for t in times]
     draw_sheet(columns, titles, cells, Path(args.out, "features.png"))
 
 
 def draw_cknna(args):
     """How far SiT's blocks agree with --target: CKNNA of both, averaged over the tokens, for --count images.
     Writes cknna.json and the plot cknna.png. SiT is given no label."""
-    figure = new_figure(2.5 * len(args.t) + 1, 3)
+    figure = new_figure(2.5 * len(set(args.t)) + 1, 3)
     latents = Latents(args.data, with_images=args.target != "latents")
-    models = load_models(args, latents)
-    rows = choose_rows(latents, args, at_least=args.k + 1)
+    models, times = load_models(args, latents), sorted(set(args.t))
+    rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     _, _, device = init_distributed()
-    encoder = load_target(args, latents, device)
-    batches, target = [], []
-    for part in tqdm(np.split(rows, range(64, len(rows), 64)), args.target):
+    encoder, read = load_target(args, latents, device), []
+    for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
         x, _, labels, *images = latents.read(part)
-        batches.append((x, part, labels))
-        target.append(target_features(args.target, encoder, x, *images, device=device))
+        read.append((x, labels, target_features(args.target, encoder, x, *images, device=device)))
+    x, labels, target = map(torch.cat, zip(*read))
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
-    target = kernel(torch.cat(target).to(where), args.k)
+    target = neighbours(target.to(where), args.k)
 
     found = {name: {} for name in models}  # {name: {t: CKNNA of each block}}
     for name, model in models.items():
-        for t in args.t:
-            outputs = [[h.mean(1) for h in block_outputs(model.to(device), *batch, t)]
-                       for batch in tqdm(batches, f"{name}, t = {t}")]
-            found[name][t] = [cknna(kernel(torch.cat(layer).to(where), args.k), target)
-                              for layer in zip(*outputs)]
+        layers = range(1, len(model.blocks) + 1)
+        for t in times:
+            outputs = block_outputs(model.to(device), x, rows, labels, t, layers, pool=True)
+            found[name][t] = [cknna(neighbours(h.to(where), args.k), target) for h in outputs]
+        model.cpu()
     write_json(Path(args.out, "cknna.json"), found)
-    print_table(["", "block", *(f"t = {t}" for t in args.t)], [
+    print_table(["", "block", *(f"t = {t}" for t in times)], [
         [name, layer, *(f"{value:.3f}" for value in values)]
         for name, by_t in found.items() for layer, values in enumerate(zip(*by_t.values()), start=1)])
-    axes = figure.subplots(1, len(args.t), sharey=True, squeeze=False)[0]
-    for panel, t in zip(axes, args.t):
+    axes = figure.subplots(1, len(times), sharey=True, squeeze=False)[0]
+    for panel, t in zip(axes, times):
         panel.set(title=f"t = {t}", xlabel="block")
         for name, by_t in found.items():
             panel.plot(range(1, len(by_t[t]) + 1), by_t[t], "o-", label=name)
@@ -278,12 +280,13 @@ def draw_cknna(args):
 
 
 def draw_latents(args):
-    """Variance and total variation of one or several sets of latents of the same images, before shift and
-    scale. Writes latents.png, in which their first three principal components are red, green and blue."""
+    """Variance and total variation of z, the VAE's own latents, for one or several sets of the same images.
+    Writes latents.png, in which their first three principal components are red, green and blue."""
     sets = {name: Latents(folder) for name, folder in zip(short_names(args, args.data), args.data)}
     first, table, reference = next(iter(sets.values())), [], None
     for name, latents in sets.items():
-        if any(latents.facts[key] != first.facts[key] for key in ("count", "files_sha256")):
+        files = {facts["files_sha256"] for facts in (latents.facts, first.facts)} - {None}  # None: not known
+        if latents.facts["count"] != first.facts["count"] or len(files) > 1:
             fail(f"{name} holds latents of other images than the first set: extract both from one folder")
     rows, shown = choose_rows(first, args, at_least=2), slice(args.images)
     _, _, device = init_distributed()
@@ -302,18 +305,17 @@ def draw_latents(args):
 
 
 def load_models(args, latents):
-    """{name: model} of --ckpt, each trained on latents such as these; `reads_labels`: has no null class."""
+    """{name: model} of --ckpt, each trained on such latents; reads_labels: given labels in each step."""
     models = {}
     for name, path in zip(short_names(args, args.ckpt), args.ckpt):
         models[name], trained = load_model(path)
-        models[name].reads_labels = trained.get("label_dropout") == 0
+        models[name].reads_labels = trained.get("label_dropout") == 0  # and its null class means nothing
         for key in ("latent_shape", "vae", "shift", "scale", *["num_classes"] * models[name].reads_labels):
             here, there = latents.facts[key], trained["data"][key]
-            alike = "stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"  # they differ in the decoder
-            if here != there and not (here in alike and there in alike):
+            if key == "vae":  # a folder may have moved, and SD's two differ in the decoder alone
+                here, there = (Path(vae).name.replace("vae-ft-ema", "vae-ft-mse") for vae in (here, there))
+            if not np.array_equal(*np.broadcast_arrays(here, there)):  # a number may stand for all channels
                 fail(f"{path} was trained on other latents than {args.data}: {key} is {there}, not {here}")
-        if max(getattr(args, "layers", None) or [1]) > len(models[name].blocks):
-            fail(f"--layers {max(args.layers)}: {path} has {len(models[name].blocks)} blocks")
     return models
 
 
@@ -321,19 +323,29 @@ def choose_rows(latents, args, at_least):
     """Rows of --count images, a fixed random choice."""
     rows = np.random.default_rng(0).permutation(latents.facts["count"])[:args.count]
     if len(rows) < at_least:
-        fail(f"takes at least {at_least} images, not {len(rows)}; see --count, and --k if there is one")
+        fail(f"{len(rows)} images are too few, this takes at least {at_least}: check --count and the latents")
     return rows
 
 
 @torch.no_grad()
-def block_outputs(model, x, rows, labels, t):
-    """The output (B, N, D) of each block for latents x (B, C, H, W), noised to t by noise of their rows."""
-    noise = randn_like(x, [rng(0, int(row), "cpu") for row in rows])
-    y = labels if model.reads_labels else torch.full_like(labels, model.num_classes)
-    times = torch.full((len(x),), t)
-    x_t, _ = interpolate(x, noise, times)
-    h, c = model.embed(*(value.to(model.pos_embed.device) for value in (x_t, times, y)))
-    return [h := block(h, c) for block in model.blocks]
+def block_outputs(model, x, rows, labels, t, layers, pool=False):
+    """Outputs of the blocks `layers`, on the CPU: tokens (n, N, D), or if pool their means (n, D).
+
+    x: latents (n, C, H, W), which are noised to t; the noise depends on the row alone.
+    """
+    device, outputs = model.pos_embed.device, {layer: [] for layer in layers}
+    for i in tqdm(range(0, len(x), BATCH), f"t = {t}"):
+        batch = slice(i, i + BATCH)
+        noise = randn_like(x[batch], [rng(0, int(row), "cpu") for row in rows[batch]])
+        y = labels[batch] if model.reads_labels else torch.full_like(labels[batch], model.num_classes)
+        times = torch.full(y.shape, t)
+        x_t, _ = interpolate(x[batch], noise, times)
+        h, c = model.embed(x_t.to(device), times.to(device), y.to(device))
+        for layer, block in enumerate(model.blocks, start=1):
+            h = block(h, c)
+            if layer in layers:
+                outputs[layer].append((h.mean(1) if pool else h).cpu())
+    return [torch.cat(outputs[layer]) for layer in layers]
 
 
 def load_target(args, latents, device):
@@ -366,9 +378,9 @@ def decoded(latents, x, device):
 
 
 def short_names(args, paths):
-    """--names, or of each path the words that not all of them share."""
+    """--names, or the words of each path that the others do not all share."""
     if args.names and len(args.names) != len(paths):
-        fail(f"--names gives {len(args.names)} for {len(paths)}: {', '.join(paths)}")
+        fail(f"there are {len(args.names)} --names for {', '.join(paths)}")
     words = [path.removesuffix(".pt").strip("/").replace("_", "/").split("/") for path in paths]
     shared = set.intersection(*map(set, words))
     names = args.names or [" ".join(word for word in own if word not in shared) or own[-1] for own in words]
@@ -401,8 +413,9 @@ def draw_sheet(columns, rows, cells, path):
     """Write images as a table. columns, rows: (group, title) of each, group "" but for the first of a group;
     cells: for each row, an image (H, W, 3) or None for each column."""
     font = ImageFont.load_default(size=14)
-    xs, width = places(columns, max(int(font.getlength(text)) for row in rows for text in row) + GAP)
-    ys, height = places(rows, 2 * GAP)
+    widths = [max(CELL, int(font.getlength(title))) for _, title in columns]
+    left = max(int(font.getlength(text)) for row in rows for text in row) + GAP
+    (xs, width), (ys, height) = places(columns, left, widths), places(rows, 2 * GAP, [CELL] * len(rows))
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for x, titles in zip(xs, columns):
@@ -419,55 +432,65 @@ def draw_sheet(columns, rows, cells, path):
     print(path)
 
 
-def places(titles, start):
-    """Where the images of each row or column begin, with a gap before each group; and where all end."""
+def places(titles, start, sizes):
+    """Where each row or column begins, with a gap before each group; and where all end."""
     begins = []
-    for i, (group, _) in enumerate(titles):
-        start += GAP if group or not i else 2
+    for (group, _), size in zip(titles, sizes):
+        start += GAP if group or not begins else 2
         begins.append(start)
-        start += CELL
+        start += size
     return begins, start + GAP
+
+
+def add_command(commands, draw):
+    """A parser with the flags that all commands have."""
+    command = commands.add_parser(draw.__name__.removeprefix("draw_"), doc=inspect.cleandoc(draw.__doc__))
+    command.set_defaults(draw=draw)
+    command.add_argument("--names", nargs="+", help="of what is compared (default: words of the paths)")
+    command.add_argument("--out", default="runs/figures", help="folder for the pictures")
+    return command.add_argument
 
 
 def parse_args():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for draw in (draw_convergence, draw_features, draw_cknna, draw_latents):
-        command = commands.add_parser(draw.__name__.removeprefix("draw_"), doc=draw.__doc__)
-        command.set_defaults(draw=draw)
-        add = command.add_argument
-        if draw is draw_convergence:
-            add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
-            add("--ref", required=True, help="fid.py's reference: .npz, .npy or folder")
-            add("--detector", metavar="FILE.pt2", help="fid.py's, in Inception's place")
-            add("--metric", choices=METRICS, default="FID", help="to plot")
-            add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
-            add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint")
-            add("--mode", choices=["sde", "ode"], default="sde", help="sample.py's")
-            add("--num-steps", type=positive_int, default=250, help="of the sampler")
-            add("--classes", type=int, nargs="+", help="to show (default: up to 4, evenly spaced)")
-            add("--cfg-scale", type=float, default=4.0, help="guidance of the images shown")
-            add("--nproc-per-node", type=positive_int, default=1, help="processes that sample and measure")
-        else:
-            several = {"nargs": "+", "action": "extend"}
-            add("--data", required=True, metavar="LATENTS", help="folder of extract_latents.py",
-                **several if draw is draw_latents else {})
-            count = 64 if draw is draw_features else 10_000
-            add("--count", type=positive_int, default=count, help="images to use, at random")
-        if draw in (draw_features, draw_latents):
-            add("--images", type=positive_int, default=4, help="how many of them to show")
-        if draw in (draw_features, draw_cknna):
-            add("--ckpt", required=True, metavar="FILE", help="of train.py, REPA or SRA", **several)
-            add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
-        if draw is draw_features:
-            add("--layers", type=positive_int, nargs="+", help="blocks to show (default: 6, evenly spaced)")
-        if draw is draw_cknna:
-            add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a "
-                "FILE.pt2 as fid.py's --detector, or `latents`")
-            add("--repa-hub", metavar="DIR", help="clone of torch.hub's repository, as train.py's")
-            add("--k", type=positive_int, default=10, help="nearest neighbours")
-        add("--names", nargs="+", help="for runs, checkpoints or sets (default: words of their paths)")
-        add("--out", default="runs/figures", help="folder for the pictures")
+    add = add_command(commands, draw_convergence)
+    add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
+    add("--ref", required=True, help="fid.py's; it is measured again for each checkpoint, so .npz is best")
+    add("--weights", help="fid.py's: a local file of Inception's weights")
+    add("--detector", metavar="FILE.pt2", help="fid.py's: a program in the place of Inception")
+    add("--metric", choices=METRICS, default="FID", help="to plot")
+    add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
+    add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint, without guidance")
+    add("--mode", choices=["sde", "ode"], default="sde", help="sample.py's")
+    add("--num-steps", type=positive_int, default=250, help="sample.py's")
+    add("--classes", type=int, nargs="+", help="to show (default: up to 4, evenly spaced)")
+    add("--cfg-scale", type=float, default=4.0, help="guidance of the images that are shown")
+    add("--nproc-per-node", type=positive_int, default=1, help="processes that sample and measure")
+
+    add = add_command(commands, draw_features)
+    several = {"nargs": "+", "action": "extend", "required": True}
+    add("--ckpt", **several, metavar="FILE", help="of train.py, REPA or SRA")
+    add("--data", required=True, help="folder of extract_latents.py")
+    add("--count", type=positive_int, default=64, help="images that the components are of")
+    add("--images", type=positive_int, default=4, help="how many of them to show")
+    add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
+    add("--layers", type=positive_int, nargs="+", help="blocks to show (default: up to 6, evenly spaced)")
+
+    add = add_command(commands, draw_cknna)
+    add("--ckpt", **several, metavar="FILE", help="of train.py, REPA or SRA")
+    add("--data", required=True, help="folder of extract_latents.py --store-images")
+    add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a FILE.pt2 "
+        "such as fid.py's --detector, or `latents`, which takes no images")
+    add("--repa-hub", metavar="DIR", help="train.py's: a clone with weights, in the place of torch.hub")
+    add("--count", type=positive_int, default=10_000, help="images to compare")
+    add("--k", type=positive_int, default=10, help="nearest neighbours")
+    add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
+
+    add = add_command(commands, draw_latents)
+    add("--data", **several, metavar="FOLDER", help="of extract_latents.py")
+    add("--count", type=positive_int, default=10_000, help="images to measure")
+    add("--images", type=positive_int, default=4, help="how many of them to show")
     return parser.parse_args()
 
 

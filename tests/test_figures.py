@@ -18,8 +18,8 @@ from PIL import Image
 from test_alignments import hub  # noqa: F401  (a fixture)
 
 import fid
-from models import load_encoder
-from sample import load_checkpoint, load_model, rng
+from models import SiT_models, decode, load_encoder, load_vae
+from sample import load_model, rng
 
 DETECTOR = ROOT / "tests" / "data" / "detector.pt2"
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -52,28 +52,29 @@ def plots(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
 
 
+def add_noise(checkpoint):
+    """To the EMA weights: it tells blocks and classes apart, which a short training does not."""
+    contents = torch.load(checkpoint, weights_only=True)
+    torch.manual_seed(0)
+    for weights in contents["ema"].values():
+        weights += 0.2 * torch.randn(weights.shape)
+    torch.save(contents, checkpoint)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, latents):
-    """Two runs with checkpoints of steps 2 and 4, VAE-REPA's and plain SiT's."""
+    """Two runs, tiny_plain and tiny_aligned, with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("runs")
     for name, depth in (("plain", 0), ("aligned", 2)):
         flags = ("--data", latents, "--run-dir", folder / f"tiny_{name}", "--vae-repa-depth", depth)
         assert cli(None, "train", *TINY, *flags, "--max-steps", 4, "--lr", 1e-2, "--ckpt-every", 2)[0] == 0
+    list(map(add_noise, folder.glob("*/checkpoints/*.pt")))
     return [folder / "tiny_plain", folder / "tiny_aligned"]
 
 
-@pytest.fixture(scope="module")
-def ckpts(runs, tmp_path_factory):
-    """Checkpoints of both, plain.pt and aligned.pt; noise in the weights tells their blocks apart."""
-    torch.manual_seed(0)
-    paths, folder = [], tmp_path_factory.mktemp("ckpts")
-    for run in runs:
-        checkpoint = load_checkpoint(run / "checkpoints" / "0000004.pt")
-        for name, weights in checkpoint["ema"].items():
-            checkpoint["ema"][name] = weights + 0.2 * torch.randn(weights.shape)
-        paths.append(folder / f"{run.name.removeprefix('tiny_')}.pt")
-        torch.save(checkpoint, paths[-1])
-    return paths
+@pytest.fixture
+def ckpts(runs):
+    return [run / "checkpoints" / "0000004.pt" for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def literal_cknna(a, b, k):
 
 
 def cknna_of(a, b, k=10):
-    return figures.cknna(*(figures.kernel(torch.as_tensor(x), k) for x in (a, b)))
+    return figures.cknna(*(figures.neighbours(torch.as_tensor(x), k) for x in (a, b)))
 
 
 def test_cknna():
@@ -261,15 +262,56 @@ def test_convergence(runs, images, capsys, tmp_path, plots, sheets, monkeypatch)
     assert len(called) == 5 and called[2][-1].endswith(".png")
 
 
+@pytest.fixture
+def measured(tmp_path, plots, monkeypatch):
+    """Runs of which run b lacks a checkpoint; measure gives what is in the files."""
+    monkeypatch.setattr(figures, "draw_classes", lambda path, args: [np.zeros((8, 8, 3), np.uint8)] * 2)
+    monkeypatch.setattr(figures, "measure", lambda path, space, args: json.loads(path.read_text()))
+    monkeypatch.setattr(figures.fid, "Images", lambda ref, side: None)
+    curves = {"a": {90: (9, 1), 100: (6, 2), 1000: (4, 5)}, "b": {90: (6, 3), 100: (2, 9)}, "c": {90: (7, 1)}}
+    for name, curve in curves.items():
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        for step, (distance, score) in curve.items():
+            (tmp_path / name / "checkpoints" / f"{step}.pt").write_text(json.dumps(
+                {"FID": distance, "IS": score}))
+    runs = [tmp_path / name for name in curves]
+    return "convergence", *runs, "--ref", "x", "--detector", DETECTOR, "--classes", 0, 1, "--out", tmp_path
+
+
+@pytest.mark.parametrize("metric, best, step, reached", [("FID", 4, 1000, 95), ("IS", 5, 1000, 90 + 10 / 3)])
+def test_the_speed_up_that_is_shown(measured, capsys, sheets, metric, best, step, reached):
+    """Printed, and as an arrow and a factor; steps in order of their numbers."""
+    status, stdout, stderr = cli(capsys, "figures", *measured, "--metric", metric)
+    assert status == 0 and f"a: best {metric} {best}, at step {step}\n" in stdout
+    assert f"b: reaches it at step {reached:.0f}, {step / reached:.2f} times as fast\n" in stdout
+    assert "c: does not reach it\n" in stdout
+    arrow, factor = Figure.last.panels[0].annotate.mock_calls
+    assert arrow.args == ("", (pytest.approx(reached), best), (step, best))
+    assert factor.args[0] == f"{step / reached:.1f}×"
+    assert Figure.last.lines()["a"][0] == [90, 100, 1000] and rows_of(stdout)[2][3] == ""  # no sFID
+    cells = sheets["images.png"][2]
+    assert [[image is None for image in row] for row in cells] == 2 * [[False] * 3, [False, False, True],
+                                                                       [False, True, True]]
+
+
+def test_a_metric_that_is_not_there(measured, capsys):
+    status, _, stderr = cli(capsys, "figures", *measured, "--metric", "Recall")
+    assert status == 2 and "gives no Recall" in message(stderr)
+
+
 def test_a_script_that_fails(runs, images, capsys, tmp_path, plots, monkeypatch):
-    """Under torchrun if so asked; its status is the command's."""
+    """Under torchrun if so asked; its status is the command's, and one that is killed is named."""
     called = []
+    flags = ("convergence", runs[0], "--ref", images, "--detector", DETECTOR, "--nproc-per-node", 8)
+    monkeypatch.setattr(figures, "draw_classes", lambda path, args: [np.zeros((32, 32, 3), np.uint8)])
     monkeypatch.setattr(figures.subprocess, "run", in_this_process(called, status=3))
-    monkeypatch.setattr(figures, "draw_classes", lambda checkpoint, args: [])
-    status, _, stderr = cli(capsys, "figures", "convergence", *runs, "--ref", images, "--nproc-per-node", 8)
+    status, _, stderr = cli(capsys, "figures", *flags)
     assert status == 3 and len(called) == 1 and not stderr
     assert called[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     assert called[0][called[0].index("--num-samples") + 1] == "50000"
+    monkeypatch.setattr(figures.subprocess, "run", in_this_process(called, status=-9))
+    status, _, stderr = cli(capsys, "figures", *flags)
+    assert status == 2 and "sample.py was killed by signal 9" in message(stderr)
 
 
 def outputs_of(ckpt, data, t, labels=False):
@@ -295,9 +337,10 @@ def literal_match(scores, reference):
     return scores[..., order] * np.sign(r[range(3), order])
 
 
-def test_features(ckpts, latents, capsys, tmp_path, sheets):
-    """Pixels of the sheet from hooks on the blocks and numpy's SVD, over all 12 images."""
-    draw(capsys, "features", "--ckpt", ckpts[0], "--ckpt", ckpts[1], "--data", latents, "--t", 0.25, 1,
+def test_features(ckpts, latents, vae, capsys, tmp_path, sheets, monkeypatch):
+    """Pixels of the sheet from hooks on the blocks and numpy's SVD, over all 12 images, in batches of 5."""
+    monkeypatch.setattr(figures, "BATCH", 5)
+    draw(capsys, "features", "--ckpt", ckpts[0], "--ckpt", ckpts[1], "--data", latents, "--t", 1, 0.25, 1,
          "--images", 2, "--layers", 1, 6, "--out", tmp_path)
     columns, rows, cells = sheets["features.png"]
     assert columns == [("", "image"), ("", "latent"), ("plain", "block 1"), ("", "block 6"),
@@ -315,8 +358,23 @@ def test_features(ckpts, latents, capsys, tmp_path, sheets):
             assert abs(got - expected).max() <= 1
     expected = literal_colours(latent)[chosen]
     assert abs(np.stack([cells[0][1], cells[2][1]]).astype(float) - expected).max() <= 1
-    assert cells[0][0].shape == (32, 32, 3) and cells[1][:2] == [None, None]
+    images = decode(load_vae(vae), torch.from_numpy(x[chosen]), 0.25, 0.5)  # its scale and shift
+    assert torch.equal(torch.stack([cells[0][0], cells[2][0]]), images) and cells[1][:2] == [None, None]
     assert np.asarray(Image.open(tmp_path / "features.png")).shape[1] > 6 * 128
+
+
+def test_models_of_others(ckpts, capsys, tmp_path, plots):
+    """A published file, without settings, of a VAE that encodes like the one of the latents; another size."""
+    data = write_set(tmp_path / "data", vae="/models/sd-vae-ft-mse", scale=[0.18215] * 4, shift=0)
+    for size in ("Ti/4", "S/2"):
+        torch.manual_seed(0)
+        model = SiT_models[f"SiT-{size}"](input_size=8, num_classes=5)
+        torch.save({"ema": model.state_dict()}, tmp_path / f"{size[:-2]}.pt")
+    table = draw(capsys, "cknna", "--ckpt", tmp_path / "Ti.pt", tmp_path / "S.pt", "--data", data, "--t", 0.5,
+                 "--target", "latents", "--k", 4, "--count", 9, "--out", tmp_path)
+    assert [row[:2] for row in table] == [[size, str(i + 1)] for size, n in (("Ti", 6), ("S", 12))
+                                          for i in range(n)]
+    assert all(0 < float(row[2]) < 1 for row in table)
 
 
 @pytest.mark.parametrize("target", ["latents", DETECTOR, "dinov2_vitt14"])
@@ -344,7 +402,7 @@ def test_a_model_without_null_class(latents, capsys, tmp_path, plots):
     """It gets the images' labels."""
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--label-dropout", 0, "--lr", 1e-2)
     assert cli(None, "train", *TINY, *flags, "--max-steps", 3)[0] == 0
-    ckpt = tmp_path / "run" / "checkpoints" / "0000003.pt"
+    add_noise(ckpt := tmp_path / "run" / "checkpoints" / "0000003.pt")
     draw(capsys, "cknna", "--ckpt", ckpt, "--data", latents, "--target", "latents", "--k", 4, "--t", 0.5,
          "--out", tmp_path)
     x, outputs = outputs_of(ckpt, latents, 0.5, labels=True)
@@ -374,6 +432,10 @@ def test_latents(latents, capsys, tmp_path, sheets):
     expected = literal_colours(literal_components(z.transpose(0, 2, 3, 1)))[chosen]
     for column in (1, 2):
         assert abs(np.stack([row[column] for row in cells]).astype(float) - expected).max() <= 1
+    small = write_set(tmp_path / "small", size=4, files_sha256=None)  # another resolution
+    table = draw(capsys, "latents", "--data", latents, small, "--count", 5, "--out", tmp_path)
+    assert [row[2] for row in table] == ["4×8×8", "4×4×4"]
+    assert sheets["latents.png"][2][0][2].shape == (4, 4, 3)
 
 
 def test_a_sheet(tmp_path):
@@ -414,21 +476,23 @@ def test_matplotlib_itself(tmp_path):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("convergence {run}/checkpoints --ref {images}", "no numbered checkpoint:"),
-    ("convergence {run} --ref {images} --steps 3", "no numbered checkpoint of --steps:"),
-    ("convergence {run} --ref {images} --names a b", "--names gives 2 for 1"),
+    ("convergence {run}/checkpoints --ref {images}", "checkpoints has no STEP.pt"),
+    ("convergence {run} --ref {images} --steps 2 3", "checkpoints has no 3.pt"),
+    ("convergence {run} --ref {images} --names a b", "2 --names for"),
     ("convergence {run} {run} --ref {images}", "the same name"),
-    ("convergence {run}", "--ref"), ("convergence {run} --ref nowhere", "nowhere: there"),
-    ("convergence {run} --ref {images} --cfg-scale 0.5", "--cfg-scale"),
-    ("convergence {run} --ref {images} --detector none", "none: there"),
-    ("features --ckpt {ckpt} --data {other}", "vae is {vae}, not nobody/nothing"),
+    ("convergence {run}", "--ref"),
+    ("convergence {run} --ref {ckpt} --detector {detector} --num-steps 1", "cannot be read as images"),
+    ("convergence {run} --ref {images} --detector {ckpt}", "cannot be loaded"),
+    ("convergence {run} --ref {images} --weights {ckpt}", "cannot be loaded"),
+    ("convergence {run} --ref {images} --detector {detector} --cfg-scale 0.5", "--cfg-scale"),
+    ("features --ckpt {ckpt} --data {other}", "vae is {vae}, not nothing"),
     ("features --ckpt {ckpt} --data {small}", "latent_shape is [4, 8, 8], not [4, 4, 4]"),
-    ("features --ckpt {ckpt} --data {latents} --count 1", "at least 2 images, not 1"),
+    ("features --ckpt {ckpt} --data {latents} --count 1", "at least 2"),
     ("features --ckpt {ckpt} --data {latents} --layers 7", "has 6 blocks"),
     ("features --ckpt {images} --data {latents}", "no checkpoint"),
     ("features --ckpt {ckpt} --data {latents} --t 1.5", "--t"),
     ("cknna --ckpt {ckpt} --data {latents}", "--store-images"),
-    ("cknna --ckpt {ckpt} --data {latents} --target latents --k 12", "at least 13 images, not 12"),
+    ("cknna --ckpt {ckpt} --data {latents} --target latents --k 12", "at least 13"),
     ("cknna --ckpt {ckpt} --data {stored} --target {ckpt}2", "cannot be loaded"),
     ("cknna --ckpt {ckpt} --data {stored} --repa-hub nowhere", "cannot be loaded"),
     ("latents --data {latents} {other}", "other images"),
@@ -440,7 +504,7 @@ def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsy
     write_set(tmp_path / "other", scale=1, shift=0)
     write_set(tmp_path / "small", size=4, vae=str(vae))
     paths = {"run": runs[0], "ckpt": ckpts[0], "images": images, "latents": latents, "stored": stored,
-             "vae": vae, "other": tmp_path / "other", "small": tmp_path / "small"}
+             "detector": DETECTOR, "vae": vae.name, "other": tmp_path / "other", "small": tmp_path / "small"}
     out = ["--out", tmp_path / "out"] if words else []
     status, _, stderr = cli(capsys, "figures", *words.format(**paths).split(), *out)
     assert status == 2 and says.format(**paths) in message(stderr)
@@ -451,10 +515,3 @@ def test_without_matplotlib(runs, images, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, stderr = cli(capsys, "figures", "convergence", *runs, "--ref", images)
     assert status == 2 and "pip install matplotlib" in message(stderr)
-
-
-def test_a_metric_that_is_not_there(runs, images, capsys, plots, monkeypatch):
-    monkeypatch.setattr(figures, "measure", lambda checkpoint, args: {"FID": 1.0})
-    monkeypatch.setattr(figures, "draw_classes", lambda checkpoint, args: [])
-    status, _, stderr = cli(capsys, "figures", "convergence", *runs, "--ref", images, "--metric", "IS")
-    assert status == 2 and "gives no IS" in message(stderr)
