@@ -293,7 +293,7 @@ def draw_latents(args):
     pictures = [decoded(first, first.read(rows[shown])[0], device)]
     for name, latents in sets.items():
         x, _, _ = latents.read(rows)
-        z = x / torch.from_numpy(latents.scale) + torch.from_numpy(latents.shift)
+        z = x / torch.from_numpy(latents.scale)  # less the shift, which changes nothing here
         shape = "×".join(map(str, z.shape[1:]))
         table.append([name, latents.facts["vae"], shape, f"{variance(z):.4g}", f"{total_variation(z):.5g}"])
         reference = principal_components(z.movedim(1, 3), reference)

@@ -258,8 +258,13 @@ def test_convergence(runs, images, capsys, tmp_path, plots, sheets, monkeypatch)
     written = samples.stat().st_mtime_ns
     draw(capsys, "convergence", runs[0], "--ref", images / "class0", *flags, "--steps", 2)
     assert len(called) == 2 and samples.stat().st_mtime_ns == written  # only measured again
+    record = samples.with_suffix(".json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "feature_space": "another"}))
+    draw(capsys, "convergence", runs[0], "--ref", images / "class0", *flags, "--steps", 2)
+    assert len(called) == 4 and "another" not in record.read_text()
+    called.clear()
     draw(capsys, "convergence", runs[0], "--ref", images, *flags, "--steps", 2, "--classes", 1)
-    assert len(called) == 5 and called[2][-1].endswith(".png")
+    assert len(called) == 3 and called[0][-1].endswith(".png")
 
 
 @pytest.fixture
@@ -412,11 +417,11 @@ def test_a_model_without_null_class(latents, capsys, tmp_path, plots):
 
 
 def test_latents(latents, capsys, tmp_path, sheets):
-    """Variance and total variation of z, from the stored means; z twice as large has the same colours."""
+    """Variance and total variation of z, from the stored means; -2 z has the same colours."""
     twice = tmp_path / "twice"
     shutil.copytree(latents, twice)
     moments = np.load(latents / "moments.npy")
-    np.save(twice / "moments.npy", moments * np.float16(2))
+    np.save(twice / "moments.npy", moments * np.float16([-2] * 4 + [2] * 4).reshape(-1, 1, 1))
     table = draw(capsys, "latents", "--data", latents, twice, "--names", "latents", "twice", "--images", 3,
                  "--out", tmp_path)
     z = moments[:, :4].astype(np.float64)
@@ -500,7 +505,8 @@ def test_matplotlib_itself(tmp_path):
     ("latents --data nowhere", "no latents"), ("paint", "paint"), ("", "COMMAND")])
 def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsys, tmp_path, plots,
                    monkeypatch):
-    monkeypatch.setattr(figures.subprocess, "run", in_this_process([]))
+    called = []
+    monkeypatch.setattr(figures.subprocess, "run", in_this_process(called))
     write_set(tmp_path / "other", scale=1, shift=0)
     write_set(tmp_path / "small", size=4, vae=str(vae))
     paths = {"run": runs[0], "ckpt": ckpts[0], "images": images, "latents": latents, "stored": stored,
@@ -508,7 +514,7 @@ def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsy
     out = ["--out", tmp_path / "out"] if words else []
     status, _, stderr = cli(capsys, "figures", *words.format(**paths).split(), *out)
     assert status == 2 and says.format(**paths) in message(stderr)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not [call for call in called if "--num-samples" in call]
 
 
 def test_without_matplotlib(runs, images, capsys, monkeypatch):
