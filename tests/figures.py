@@ -101,17 +101,17 @@ def total_variation(z):
 
 
 def speed_up(baseline, other):
-    """(the lowest value of baseline, its step, the step at which other gets there or None).
+    """(step at which baseline is lowest, step at which other gets as low, or None).
 
     Both are {step: value} in order of steps; between checkpoints, values are taken to lie on a line.
     """
-    step, value = min(baseline.items(), key=lambda item: item[1])
+    best = min(baseline, key=baseline.get)
     steps, values = list(other), list(other.values())
-    for i, reached in enumerate(values):
-        if reached <= value:
+    for i, value in enumerate(values):
+        if value <= baseline[best]:
             before = max(i - 1, 0)
-            return value, step, float(np.interp(value, [reached, values[before]], [steps[i], steps[before]]))
-    return value, step, None
+            return best, float(np.interp(baseline[best], [value, values[before]], [steps[i], steps[before]]))
+    return best, None
 
 
 def draw_convergence(args):
@@ -193,23 +193,33 @@ def call(script, *words, processes=1):
 
 
 def plot_convergence(axes, curves, args):
-    """The metric against the steps; arrows go from the first run's best to where the others reach it."""
-    sign = -1 if args.metric in HIGHER_IS_BETTER else 1
+    """The metric against the steps; an arrow goes from the first run's best to where another gets as good.
+
+    FID and sFID have a logarithmic axis, along which values between checkpoints are interpolated, too.
+    """
+    falls = args.metric not in HIGHER_IS_BETTER
     axes.set(xlabel="training steps", ylabel=f"{args.metric} ({Path(args.detector or 'Inception').stem})")
-    signed = [{step: sign * value for step, value in curve.items()} for curve in curves.values()]
-    for (name, curve), low in zip(curves.items(), signed):
+    if falls:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    lows = {name: {step: np.log(value) if falls else -value for step, value in curve.items()}
+            for name, curve in curves.items()}
+    first = next(iter(curves))
+    for name, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
-        value, step, reached = speed_up(signed[0], low)
-        if low is signed[0]:
-            print(f"\n{name}: best {args.metric} {value * sign:.4g}, at step {step}")
+        best, reached = speed_up(lows[first], lows[name])
+        value = curves[first][best]
+        if name == first:
+            print(f"\n{name}: best {args.metric} {value:.4g}, at step {best}")
         elif reached is None:
             print(f"{name}: does not reach it")
         else:
-            print(f"{name}: reaches it at step {reached:.0f}, {step / reached:.2f} times as fast")
+            print(f"{name}: reaches it at step {reached:.0f}, {best / reached:.2f} times as fast")
             arrow = {"arrowstyle": "->", "linestyle": "--"}
-            axes.annotate("", (reached, value * sign), (step, value * sign), arrowprops=arrow)
-            axes.annotate(f"{step / reached:.1f}×", (reached, value * sign), (-4, -4 * sign), ha="right",
-                          va="top" if sign > 0 else "bottom", textcoords="offset points")
+            axes.annotate("", (reached, value), (best, value), arrowprops=arrow)
+            axes.annotate(f"{best / reached:.1f}×", (reached, value), (-4, -4 if falls else 4), ha="right",
+                          va="top" if falls else "bottom", textcoords="offset points")
     axes.legend()
 
 
