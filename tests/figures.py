@@ -5,7 +5,8 @@
     cknna        how far they agree with an image encoder, by layer and noise level      (REPA-E, Fig. 3)
     latents      variance, total variation and colours of latents               (REPA-E, Table 1 and Fig. 3)
 
-Numbers are printed, pictures go to --out. Plots need matplotlib. COMMAND --help lists its flags.
+Numbers are printed, pictures go to --out. convergence and cknna plot, too, with matplotlib. COMMAND --help
+lists its flags.
 """
 
 import inspect
@@ -260,11 +261,11 @@ def draw_cknna(args):
     models, times = load_models(args, latents), sorted(set(args.t))
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     _, _, device = init_distributed()
-    encoder, read = load_target(args, latents, device), []
+    encoder, parts = load_target(args, latents, device), []
     for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
         x, _, labels, *images = latents.read(part)
-        read.append((x, labels, target_features(args.target, encoder, x, *images, device=device)))
-    x, labels, target = map(torch.cat, zip(*read))
+        parts.append((x, labels, target_features(args.target, encoder, x, *images, device=device)))
+    x, labels, target = map(torch.cat, zip(*parts))
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
     target = neighbours(target.to(where), args.k)
 
@@ -423,7 +424,7 @@ def draw_sheet(columns, rows, cells, path):
     """Write images as a table. columns, rows: (group, title) of each, group "" but for the first of a group;
     cells: for each row, an image (H, W, 3) or None for each column."""
     font = ImageFont.load_default(size=14)
-    widths = [max(CELL, int(font.getlength(title))) for _, title in columns]
+    widths = [max(CELL, int(font.getlength(title)) + 6) for _, title in columns]
     left = max(int(font.getlength(text)) for row in rows for text in row) + GAP
     (xs, width), (ys, height) = places(columns, left, widths), places(rows, 2 * GAP, [CELL] * len(rows))
     sheet = Image.new("RGB", (width, height), "white")
