@@ -11,6 +11,7 @@ lists its flags.
 
 import inspect
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def principal_components(features, reference=None):
     rows = F.pad(rows, (0, max(3 - rows.shape[1], 0)))
     _, axes = torch.linalg.eigh(rows.T @ rows)  # by rising variance
     axes = axes[:, -3:].flip(1)
-    scores = rows @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())
+    axes *= axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    scores = rows @ axes
     if reference is not None:
         reference = F.interpolate(reference.movedim(3, 1), features.shape[1:3], mode="area").movedim(1, 3)
         correlation = F.normalize(reference.flatten(0, 2), dim=0).T @ F.normalize(scores, dim=0)
@@ -70,8 +72,8 @@ def neighbours(features, k):
     (n, n) bool; and the cosines' `hsic` with themselves."""
     features = F.normalize(features.double(), dim=1)  # in float64, as cosines may all be near 1
     cosines = features @ features.T
-    nearest = cosines.fill_diagonal_(-torch.inf).topk(k).indices
-    near = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
+    cosines.fill_diagonal_(-torch.inf)  # none is its own neighbour
+    near = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, cosines.topk(k).indices, True)
     cosines = torch.where(near, cosines, 0)
     return cosines, near, hsic(cosines, cosines)
 
@@ -119,32 +121,32 @@ def draw_convergence(args):
     """FID against steps, by sample.py and fid.py for each checkpoint of each RUN. Metrics and samples (10 GB
     for 50,000 of 256x256) are kept in RUN/figures and not made again. Writes convergence.png, and images.png:
     images of the same noise and classes, runs in rows and steps in columns."""
-    figure, names = new_figure(6, 4), short_names(args, args.runs)
-    checkpoints, images, metrics, curves = {}, {}, {}, {name: {} for name in names}  # by (name, step)
+    figure = new_figure(6, 4)  # needs matplotlib: better now than after the samples
+    names = short_names(args, args.runs)
+    checkpoints, curves, table = {}, {name: {} for name in names}, []  # checkpoints: {(name, step): path}
     for name, folder in zip(names, args.runs):
-        paths = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdigit()]
-        found = {(name, int(path.stem)): path for path in sorted(paths, key=lambda path: int(path.stem))}
-        checkpoints |= {key: path for key, path in found.items() if key[1] in (args.steps or [key[1]])}
-        missing = [step for step in args.steps or () if (name, step) not in found]
-        if missing or not found:
-            fail(f"{folder}/checkpoints has no {missing[0] if missing else 'STEP'}.pt; train.py writes one "
-                 "every --ckpt-every steps")
-    space = fid.load_network(args, "cpu")[1]  # the name of its features
+        paths = {path.stem: path for path in Path(folder, "checkpoints").glob("*.pt")}
+        paths = {int(stem): path for stem, path in paths.items() if stem.isdigit()}
+        for step in args.steps or sorted(paths) or ["STEP"]:
+            if step not in paths:
+                fail(f"{folder}/checkpoints has no {step}.pt; train.py writes one every --ckpt-every steps")
+            checkpoints[name, step] = paths[step]
+    _, space = fid.load_network(args, "cpu")
     if not args.classes:
-        n = load_model(next(iter(checkpoints.values())))[1]["data"]["num_classes"]
+        _, trained = load_model(next(iter(checkpoints.values())))
+        n = trained["data"]["num_classes"]
         args.classes = np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
-    for key, path in checkpoints.items():
-        images[key] = draw_classes(path, args)
-    fid.Images(args.ref, len(images[key][0]))  # a check
+    images = {key: draw_classes(path, args) for key, path in checkpoints.items()}
+    fid.Images(args.ref, len(images[name, step][0]))  # fails if --ref cannot be read, or has another size
     for (name, step), path in checkpoints.items():
-        metrics[name, step] = found = measure(path, space, args)
-        if args.metric not in found:
+        metrics = measure(path, space, args)
+        if args.metric not in metrics:
             fail(f"--detector {args.detector} gives no {args.metric}; choose another --metric")
-        curves[name][step] = found[args.metric]
+        curves[name][step] = metrics[args.metric]
+        table.append([name, step, *(f"{metrics[key]:.{decimals}f}" if key in metrics else ""
+                                    for key, decimals in METRICS.items())])
 
-    print_table(["", "step", *METRICS], [
-        [*key, *(f"{found[metric]:.{n}f}" if metric in found else "" for metric, n in METRICS.items())]
-        for key, found in metrics.items()])
+    print_table(["", "step", *METRICS], table)
     plot_convergence(figure.subplots(), curves, args)
     save_figure(figure, Path(args.out, "convergence.png"))
     steps = sorted({step for _, step in checkpoints})
@@ -161,8 +163,7 @@ def measure(checkpoint, space, args):
     samples, record = folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
     wanted = {"reference": str(Path(args.ref).resolve()), "feature_space": space}
     if not record.exists() or not wanted.items() <= json.loads(record.read_text()).items():
-        network = ["--weights", args.weights] if args.weights else []
-        network = ["--detector", args.detector] if args.detector else network
+        network = [f"--{flag}={file}" for flag in ("weights", "detector") if (file := getattr(args, flag))]
         call("sample.py", "--ckpt", checkpoint, "--num-samples", args.num_samples, "--mode", args.mode,
              "--num-steps", args.num_steps, "--out", samples, processes=args.nproc_per_node)
         call("fid.py", samples, "--ref", args.ref, *network, "--json", record, processes=args.nproc_per_node)
@@ -204,19 +205,19 @@ def plot_convergence(axes, curves, args):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    lows = {name: {step: np.log(value) if falls else -value for step, value in curve.items()}
-            for name, curve in curves.items()}
+    lower_is_better = {name: {step: np.log(value) if falls else -value for step, value in curve.items()}
+                       for name, curve in curves.items()}
     first = next(iter(curves))
     for name, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
-        best, reached = speed_up(lows[first], lows[name])
+        best, reached = speed_up(lower_is_better[first], lower_is_better[name])
         value = curves[first][best]
         if name == first:
             print(f"\n{name}: best {args.metric} {value:.4g}, at step {best}")
         elif reached is None:
             print(f"{name}: does not reach it")
         else:
-            print(f"{name}: reaches it at step {reached:.0f}, {best / reached:.2f} times as fast")
+            print(f"{name}: reaches it by step {reached:.0f}, {best / reached:.2f} times as fast")
             arrow = {"arrowstyle": "->", "linestyle": "--"}
             axes.annotate("", (reached, value), (best, value), arrowprops=arrow)
             axes.annotate(f"{best / reached:.1f}×", (reached, value), (-4, -4 if falls else 4), ha="right",
@@ -236,8 +237,9 @@ def draw_features(args):
     _, _, device = init_distributed()
     x, _, labels = latents.read(rows)
     latent, shown = principal_components(x.movedim(1, 3)), slice(args.images)
-    columns, pictures = [("", "image"), ("", "latent")], [decoded(latents, x[shown], device), colours(latent)]
-    pictures = {t: list(pictures) for t in times}  # of each column
+    columns = [("", "image"), ("", "latent")]
+    first_two = [decoded(latents, x[shown], device), colours(latent)]
+    pictures = {t: list(first_two) for t in times}  # one a column, of all images
     for name, model in models.items():
         layers = args.layers or np.unique(np.linspace(1, len(model.blocks), 6).astype(int)).tolist()
         columns += [(name if layer == layers[0] else "", f"block {layer}") for layer in layers]
@@ -248,8 +250,8 @@ def draw_features(args):
             pictures[t] += [colours(principal_components(features, latent)) for features in maps]
         model.cpu()
     titles = [(f"image {row}" if t == times[0] else "", f"t = {t}") for row in rows[shown] for t in times]
-    cells = [[picture[i] if t == times[0] or j > 1 else None for j, picture in enumerate(pictures[t])]
-             for i in range(len(rows[shown])) for t in times]
+    cells = [[picture[i] if t == times[0] or column >= len(first_two) else None
+              for column, picture in enumerate(pictures[t])] for i in range(len(rows[shown])) for t in times]
     draw_sheet(columns, titles, cells, Path(args.out, "features.png"))
 
 
@@ -307,8 +309,9 @@ def draw_latents(args):
         z = x / torch.from_numpy(latents.scale)  # less the shift, which changes nothing here
         shape = "×".join(map(str, z.shape[1:]))
         table.append([name, latents.facts["vae"], shape, f"{variance(z):.4g}", f"{total_variation(z):.5g}"])
-        reference = principal_components(z.movedim(1, 3), reference)
-        pictures.append(colours(reference)[shown])
+        scores = principal_components(z.movedim(1, 3), reference)
+        reference = scores if reference is None else reference  # the first set's
+        pictures.append(colours(scores)[shown])
     print_table(["", "VAE", "shape", "variance", "total variation"], table)
     columns = [("", title) for title in ("image", *sets)]
     titles = [("", f"image {row}") for row in rows[shown]]
@@ -316,12 +319,13 @@ def draw_latents(args):
 
 
 def load_models(args, latents):
-    """{name: model} of --ckpt, each trained on such latents; reads_labels: given labels in each step."""
+    """{name: model} of --ckpt, each trained on such latents; reads_labels: trained without a null class."""
     models = {}
     for name, path in zip(short_names(args, args.ckpt), args.ckpt):
         models[name], trained = load_model(path)
-        models[name].reads_labels = trained.get("label_dropout") == 0  # and its null class means nothing
-        for key in ("latent_shape", "vae", "shift", "scale", *["num_classes"] * models[name].reads_labels):
+        models[name].reads_labels = trained.get("label_dropout") == 0
+        keys = ["latent_shape", "vae", "shift", "scale"]
+        for key in [*keys, "num_classes"] if models[name].reads_labels else keys:
             here, there = latents.facts[key], trained["data"][key]
             if key == "vae":  # a folder may have moved, and SD's two differ in the decoder alone
                 here, there = (Path(vae).name.replace("vae-ft-ema", "vae-ft-mse") for vae in (here, there))
@@ -459,17 +463,18 @@ def add_command(commands, draw):
     command.set_defaults(draw=draw)
     command.add_argument("--names", nargs="+", help="of what is compared (default: words of the paths)")
     command.add_argument("--out", default="runs/figures", help="folder for the pictures")
-    return command.add_argument
+    return command
 
 
 def parse_args():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add = add_command(commands, draw_convergence)
+    convergence = add_command(commands, draw_convergence)
+    add, either = convergence.add_argument, convergence.add_mutually_exclusive_group().add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
     add("--ref", required=True, help="fid.py's; it is measured again for each checkpoint, so .npz is best")
-    add("--weights", help="fid.py's: a local file of Inception's weights")
-    add("--detector", metavar="FILE.pt2", help="fid.py's: a program in the place of Inception")
+    either("--weights", help="fid.py's: a local file of Inception's weights")
+    either("--detector", metavar="FILE.pt2", help="fid.py's: a program in the place of Inception")
     add("--metric", choices=METRICS, default="FID", help="to plot")
     add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
     add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint, without guidance")
@@ -479,7 +484,7 @@ def parse_args():
     add("--cfg-scale", type=float, default=4.0, help="guidance of the images that are shown")
     add("--nproc-per-node", type=positive_int, default=1, help="processes that sample and measure")
 
-    add = add_command(commands, draw_features)
+    add = add_command(commands, draw_features).add_argument
     several = {"nargs": "+", "action": "extend", "required": True}
     add("--ckpt", **several, metavar="FILE", help="of train.py, REPA or SRA")
     add("--data", required=True, help="folder of extract_latents.py")
@@ -488,7 +493,7 @@ def parse_args():
     add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
     add("--layers", type=positive_int, nargs="+", help="blocks to show (default: up to 6, evenly spaced)")
 
-    add = add_command(commands, draw_cknna)
+    add = add_command(commands, draw_cknna).add_argument
     add("--ckpt", **several, metavar="FILE", help="of train.py, REPA or SRA")
     add("--data", required=True, help="folder of extract_latents.py --store-images")
     add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a FILE.pt2 "
@@ -498,7 +503,7 @@ def parse_args():
     add("--k", type=positive_int, default=10, help="nearest neighbours")
     add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
 
-    add = add_command(commands, draw_latents)
+    add = add_command(commands, draw_latents).add_argument
     add("--data", **several, metavar="FOLDER", help="of extract_latents.py")
     add("--count", type=positive_int, default=10_000, help="images to measure")
     add("--images", type=positive_int, default=4, help="how many of them to show")
@@ -507,6 +512,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if "RANK" in os.environ:
+        fail("start this with python, not torchrun; convergence has --nproc-per-node")
     args.draw(args)
 
 

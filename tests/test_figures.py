@@ -289,7 +289,7 @@ def test_the_speed_up_that_is_shown(measured, capsys, sheets, metric, best, step
     """Printed, and as an arrow and a factor; steps in order of their numbers."""
     status, stdout, stderr = cli(capsys, "figures", *measured, "--metric", metric)
     assert status == 0 and f"a: best {metric} {best}, at step {step}\n" in stdout
-    assert f"b: reaches it at step {reached:.0f}, {step / reached:.2f} times as fast\n" in stdout
+    assert f"b: reaches it by step {reached:.0f}, {step / reached:.2f} times as fast\n" in stdout
     assert "c: does not reach it\n" in stdout
     arrow, factor = Figure.last.panels[0].annotate.mock_calls
     assert arrow.args == ("", (pytest.approx(reached), best), (step, best))
@@ -439,9 +439,10 @@ def test_latents(latents, capsys, tmp_path, sheets):
     for column in (1, 2):
         assert abs(np.stack([row[column] for row in cells]).astype(float) - expected).max() <= 1
     small = write_set(tmp_path / "small", size=4, files_sha256=None)  # another resolution
-    table = draw(capsys, "latents", "--data", latents, small, "--count", 5, "--out", tmp_path)
-    assert [row[2] for row in table] == ["4×8×8", "4×4×4"]
-    assert sheets["latents.png"][2][0][2].shape == (4, 4, 3)
+    table = draw(capsys, "latents", "--data", latents, small, twice, "--count", 5, "--out", tmp_path)
+    assert [row[2] for row in table] == ["4×8×8", "4×4×4", "4×8×8"]
+    images, first, other, last = sheets["latents.png"][2][0]
+    assert other.shape == (4, 4, 3) and torch.equal(first, last)
 
 
 def test_a_sheet(tmp_path):
@@ -503,6 +504,7 @@ def test_matplotlib_itself(tmp_path):
     ("cknna --ckpt {ckpt} --data {stored} --repa-hub nowhere", "cannot be loaded"),
     ("latents --data {latents} {other}", "other images"),
     ("latents --data {latents} --count 1", "at least 2"),
+    ("convergence {run} --ref {images} --detector {detector} --weights x", "not allowed with"),
     ("latents --data nowhere", "no latents"), ("paint", "paint"), ("", "COMMAND")])
 def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsys, tmp_path, plots,
                    monkeypatch):
@@ -516,6 +518,12 @@ def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsy
     status, _, stderr = cli(capsys, "figures", *words.format(**paths).split(), *out)
     assert status == 2 and says.format(**paths) in message(stderr)
     assert not (tmp_path / "out").exists() and not [call for call in called if "--num-samples" in call]
+
+
+def test_under_torchrun(latents, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    status, _, stderr = cli(capsys, "figures", "latents", "--data", latents)
+    assert status == 2 and "not torchrun" in message(stderr)
 
 
 def test_without_matplotlib(runs, images, capsys, monkeypatch):
