@@ -127,7 +127,7 @@ def draw_convergence(args):
     for name, folder in zip(names, args.runs):
         paths = {path.stem: path for path in Path(folder, "checkpoints").glob("*.pt")}
         paths = {int(stem): path for stem, path in paths.items() if stem.isdigit()}
-        for step in args.steps or sorted(paths) or ["STEP"]:
+        for step in sorted(args.steps or paths) or ["STEP"]:
             if step not in paths:
                 fail(f"{folder}/checkpoints has no {step}.pt; train.py writes one every --ckpt-every steps")
             checkpoints[name, step] = paths[step]
