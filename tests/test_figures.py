@@ -252,6 +252,7 @@ def test_convergence(runs, images, capsys, tmp_path, plots, sheets, monkeypatch)
 
     called.clear()
     assert draw(capsys, *both) == table and not called
+    assert draw(capsys, *both, "--steps", 4, 2) == table
     draw(capsys, *both, "--metric", "IS", "--steps", 4, "--names", "a", "b")
     assert not called and Figure.last.lines()["b"] == ([4], [metrics["IS"]])
     samples = runs[0] / "figures" / "6_ode-2" / "0000002.npz"
@@ -404,8 +405,8 @@ def test_cknna_of_blocks(ckpts, stored, hub, capsys, tmp_path, plots, target):
     assert Figure.last.lines()["aligned"] == ([1, 2, 3, 4, 5, 6], found["aligned"]["0.5"])
 
 
-def test_a_model_without_null_class(latents, capsys, tmp_path, plots):
-    """It gets the images' labels."""
+def test_a_model_without_null_class(latents, vae, capsys, tmp_path, plots):
+    """It gets the images' labels, which must be of its classes."""
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--label-dropout", 0, "--lr", 1e-2)
     assert cli(None, "train", *TINY, *flags, "--max-steps", 3)[0] == 0
     add_noise(ckpt := tmp_path / "run" / "checkpoints" / "0000003.pt")
@@ -415,6 +416,9 @@ def test_a_model_without_null_class(latents, capsys, tmp_path, plots):
     expected = [literal_cknna(h.mean(1).numpy(), x.mean((2, 3)), 4) for h in outputs]
     found = json.loads((tmp_path / "cknna.json").read_text())["0000003"]["0.5"]
     assert found == pytest.approx(expected, abs=1e-5)
+    other = write_set(tmp_path / "other", vae=str(vae), shift=0.25, scale=0.5)
+    status, _, stderr = cli(capsys, "figures", "features", "--ckpt", ckpt, "--data", other)
+    assert status == 2 and "num_classes is 3, not 10" in message(stderr)
 
 
 def test_latents(latents, capsys, tmp_path, sheets):
@@ -438,7 +442,8 @@ def test_latents(latents, capsys, tmp_path, sheets):
     expected = literal_colours(literal_components(z.transpose(0, 2, 3, 1)))[chosen]
     for column in (1, 2):
         assert abs(np.stack([row[column] for row in cells]).astype(float) - expected).max() <= 1
-    small = write_set(tmp_path / "small", size=4, files_sha256=None)  # another resolution
+    small = write_set(tmp_path / "small", size=4, files_sha256=None)  # of another resolution, and flat
+    np.save(small / "moments.npy", np.zeros((12, 8, 4, 4), np.float16))
     table = draw(capsys, "latents", "--data", latents, small, twice, "--count", 5, "--out", tmp_path)
     assert [row[2] for row in table] == ["4×8×8", "4×4×4", "4×8×8"]
     images, first, other, last = sheets["latents.png"][2][0]
