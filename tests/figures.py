@@ -234,9 +234,10 @@ def draw_features(args):
         if max(args.layers or [1]) > len(model.blocks):
             fail(f"--layers {max(args.layers)}: {name} has {len(model.blocks)} blocks")
     rows, times = choose_rows(latents, args, at_least=2), sorted(set(args.t))
+    shown = slice(args.images)  # of the rows
     _, _, device = init_distributed()
     x, _, labels = latents.read(rows)
-    latent, shown = principal_components(x.movedim(1, 3)), slice(args.images)
+    latent = principal_components(x.movedim(1, 3))
     columns = [("", "image"), ("", "latent")]
     first_two = [decoded(latents, x[shown], device), colours(latent)]
     pictures = {t: list(first_two) for t in times}  # one a column, of all images
@@ -244,10 +245,10 @@ def draw_features(args):
         layers = args.layers or np.unique(np.linspace(1, len(model.blocks), 6).astype(int)).tolist()
         columns += [(name if layer == layers[0] else "", f"block {layer}") for layer in layers]
         side = model.input_size // model.patch_size
+        model.to(device)
         for t in times:
-            outputs = block_outputs(model.to(device), x, rows, labels, t, layers)
-            maps = [h.unflatten(1, (side, side)) for h in outputs]
-            pictures[t] += [colours(principal_components(features, latent)) for features in maps]
+            for h in block_outputs(model, x, rows, labels, t, layers):
+                pictures[t].append(colours(principal_components(h.unflatten(1, (side, side)), latent)))
         model.cpu()
     titles = [(f"image {row}" if t == times[0] else "", f"t = {t}") for row in rows[shown] for t in times]
     cells = [[picture[i] if t == times[0] or column >= len(first_two) else None
@@ -263,10 +264,11 @@ def draw_cknna(args):
     models, times = load_models(args, latents), sorted(set(args.t))
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     _, _, device = init_distributed()
-    encoder, parts = load_target(args, latents, device), []
+    encoder = load_target(args, latents, device)
+    parts = []
     for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
         x, _, labels, *images = latents.read(part)
-        parts.append((x, labels, target_features(args.target, encoder, x, *images, device=device)))
+        parts.append((x, labels, target_features(args.target, encoder, device, x, *images)))
     x, labels, target = map(torch.cat, zip(*parts))
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
     target = neighbours(target.to(where), args.k)
@@ -274,8 +276,9 @@ def draw_cknna(args):
     found = {name: {} for name in models}  # {name: {t: CKNNA of each block}}
     for name, model in models.items():
         layers = range(1, len(model.blocks) + 1)
+        model.to(device)
         for t in times:
-            outputs = block_outputs(model.to(device), x, rows, labels, t, layers, pool=True)
+            outputs = block_outputs(model, x, rows, labels, t, layers, pool=True)
             found[name][t] = [cknna(neighbours(h.to(where), args.k), target) for h in outputs]
         model.cpu()
     write_json(Path(args.out, "cknna.json"), found)
@@ -296,16 +299,18 @@ def draw_latents(args):
     """Variance and total variation of z, the VAE's own latents, for one or several sets of the same images.
     Writes latents.png, in which their first three principal components are red, green and blue."""
     sets = {name: Latents(folder) for name, folder in zip(short_names(args, args.data), args.data)}
-    first, table, reference = next(iter(sets.values())), [], None
+    first = next(iter(sets.values()))
     for name, latents in sets.items():
         files = {facts["files_sha256"] for facts in (latents.facts, first.facts)} - {None}  # None: not known
         if latents.facts["count"] != first.facts["count"] or len(files) > 1:
             fail(f"{name} holds latents of other images than the first set: extract both from one folder")
     rows, shown = choose_rows(first, args, at_least=2), slice(args.images)
     _, _, device = init_distributed()
-    pictures = [decoded(first, first.read(rows[shown])[0], device)]
+    table, pictures, reference = [], [], None
     for name, latents in sets.items():
         x, _, _ = latents.read(rows)
+        if latents is first:
+            pictures.append(decoded(latents, x[shown], device))
         z = x / torch.from_numpy(latents.scale)  # less the shift, which changes nothing here
         shape = "×".join(map(str, z.shape[1:]))
         table.append([name, latents.facts["vae"], shape, f"{variance(z):.4g}", f"{total_variation(z):.5g}"])
@@ -374,8 +379,8 @@ def load_target(args, latents, device):
         fail(f"--target {args.target} cannot be loaded: {first_line(error)}")
 
 
-def target_features(name, encoder, x, images=None, device="cpu"):
-    """Features (B, D) of latents x (B, C, H, W) or images (B, 3, S, S)."""
+def target_features(name, encoder, device, x, images=None):
+    """Features (B, D) of latents x (B, C, H, W) or images (B, 3, S, S), on the device."""
     if name == "latents":
         return x.mean((2, 3)).to(device)
     if name.endswith(".pt2"):

@@ -1,5 +1,6 @@
 """README keeps its word: each local link, file, picture and flag in it exists, and each command parses."""
 
+import argparse
 import importlib
 import json
 import os
@@ -53,7 +54,7 @@ def test_commands_can_be_pasted(monkeypatch, command):
 def test_flags_exist(monkeypatch):
     """Those that the text names alone, too."""
     def options(parser):
-        commands = [action.choices for action in parser._actions if action.nargs == "A..."]  # of figures.py
+        commands = [action.choices for action in parser._actions if action.nargs == argparse.PARSER]
         parsers = [parser, *(command for choices in commands for command in choices.values())]
         known[script] = {flag for parser in parsers for flag in parser._option_string_actions}
         raise SystemExit
