@@ -6,8 +6,9 @@ makes the folder --out, which gets its name when it is complete:
 
     moments.npy  (N, 2C, H, W)  float16: mean and std of each image's posterior, before shift and scale
     labels.npy   (N,)           int64: the index of the image's class folder in sorted order
-    images.npy   (N, S, S, 3)   uint8: with --store-images, the cropped images, for REPA's encoder
+    images.npy   (N, S, S, 3)   uint8: with --store-images, the cropped images, for REPA
     latents.json                VAE, shift, scale, number of classes
+    reconstructions.npy         uint8: with --reconstruct, the decoded means, for fid.py's rFID
 
 train.py draws z ~ N(mean, std) anew every step and trains on x = (z - shift) * scale. If interrupted, run
 the same command again.
@@ -209,7 +210,8 @@ def parse_args():
     add("--out", default="data/latents", help="folder to make")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="diffusers autoencoder: hub name or local folder")
     add("--image-size", type=positive_int, default=256, help="side of the centre crop in pixels")
-    add("--store-images", action="store_true", help="store the cropped images, for train.py --repa-depth")
+    add("--store-images", action="store_true", help="store the cropped images, for REPA")
+    add("--reconstruct", action="store_true", help="store what the VAE makes of them, for rFID")
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--num-workers", type=positive_int, default=8, help="threads per device that decode and crop images")
     return parser.parse_args()
@@ -221,7 +223,7 @@ def main():
     out, count, size = Path(args.out), len(files), args.image_size
     listing = "\n".join(os.path.relpath(file, args.images) for file in files)
     settings = {"vae": str(Path(args.vae).resolve()) if Path(args.vae).is_dir() else args.vae,
-                "image_size": size, "store_images": args.store_images,
+                "image_size": size, "store_images": args.store_images, "reconstruct": args.reconstruct,
                 "files_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest()}
     if already_complete(out, out / "latents.json", settings):
         return
@@ -237,8 +239,9 @@ def main():
     except Exception as error:  # hub, config, weights, sizes
         fail(f"--vae {args.vae} cannot be used with --image-size {size}: {first_line(error)}")
     shapes = {"moments": ((count, *moments.shape[1:]), "float16")}
-    if args.store_images:
-        shapes["images"] = (count, size, size, 3), "uint8"
+    for name, wanted in (("images", args.store_images), ("reconstructions", args.reconstruct)):
+        if wanted:
+            shapes[name] = (count, size, size, 3), "uint8"
     arrays = ResumableArrays(out, settings, count, shapes, rank)
 
     batches = arrays.batches(args.batch_size, rank, world_size)
@@ -248,10 +251,12 @@ def main():
     for rows, (images, errors) in zip(progress, loaded):
         bad += errors
         if not errors:
-            images = np.stack(images)
-            x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
-            values = {"images": images} if args.store_images else {}
-            arrays.write(rows, moments=encode(vae, x).cpu(), **values)
+            images = torch.from_numpy(np.stack(images))
+            moments = encode(vae, images.to(device).permute(0, 3, 1, 2).contiguous())
+            values = {"moments": moments.cpu(), "images": images}
+            if args.reconstruct:
+                values["reconstructions"] = decode(vae, moments.chunk(2, dim=1)[0], 0.0, 1.0).cpu()
+            arrays.write(rows, **{name: values[name] for name in shapes})
     everyones = [bad] * world_size
     if world_size > 1:
         dist.all_gather_object(everyones, bad)

@@ -13,7 +13,6 @@ it has them, "spatial" (B, S) and "logits" (B, C). Without logits there is no IS
 
 import errno
 import hashlib
-import logging
 import os
 import struct
 import zipfile
@@ -25,11 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 from extract_latents import (Parser, atomic_write, fail, first_line, init_distributed, load_batch,
                              load_image, positive_int, read_ahead, read_rows, run, write_json)
+from models import load_program
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -215,7 +214,7 @@ def load_network(args, device):
     path = Path(args.detector or args.weights or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS))
     try:
         if args.detector:
-            return load_detector(path, device), f"detector {sha256(path)[:16]}"
+            return load_program(path, device), f"detector {sha256(path)[:16]}"
         if not args.weights and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)
@@ -227,16 +226,6 @@ def load_network(args, device):
     digest = sha256(path)
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
     return network.to(device).eval().requires_grad_(False), space
-
-
-def load_detector(path, device):
-    """A program of torch.export as a module on the device."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # else code that is pickled in the file would run
-    logging.disable(logging.CRITICAL)  # it logs tracebacks
-    try:
-        return move_to_device_pass(torch.export.load(path), str(device)).module()
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def sha256(path):

@@ -1,4 +1,5 @@
-"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; REPA's encoder; the VAE.
+"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; REPA's encoder; the VAE;
+and what REPA-E tunes it with.
 
 Parameter names are SiT's and REPA's, so that their published weights load. Shapes in comments: B images,
 N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
@@ -6,14 +7,17 @@ N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
 
 import fcntl
 import inspect
+import logging
 import math
 import os
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.export.passes import move_to_device_pass
 
 
 def modulate(h, shift, scale):
@@ -178,12 +182,14 @@ class SiT(nn.Module):
     [0, 1], where 1 is noise, and labels y (B,), where num_classes is the null class.
     model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
     clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
-    teacher's (D). Depth 0 builds no head. Raises ValueError for sizes that do not fit together.
+    teacher's (D). Depth 0 builds no head. tune_vae adds `bn`, which REPA-E normalises latents with, before x_t.
+    Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000,
-                 vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0):
+                 vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0,
+                 tune_vae=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not divisible by the patch size {patch_size}")
@@ -210,6 +216,8 @@ class SiT(nn.Module):
             self.add_head("repa", repa_depth, Projector(hidden_size, 2048, 2048, repa_dim))
         if sra_depth:
             self.add_head("sra", sra_depth, Projector(hidden_size, 2 * hidden_size, hidden_size))
+        if tune_vae:
+            self.bn = LatentNorm(in_channels)
 
     def add_head(self, name, depth, head):
         """Let head(h, c) predict from the output h (B, N, D) of block `depth`, counted from 1."""
@@ -241,6 +249,13 @@ class SiT(nn.Module):
                                 if self.head_depths[name] == depth}
         v = unpatchify(self.final_layer(h, c), self.patch_size, self.in_channels)  # (B, C, H, W)
         return (v, predictions) if return_align else v
+
+    def align(self, x_t, t, y, name):
+        """What head `name` predicts (B, N, dim), alone; later blocks do not run."""
+        h, c = self.embed(x_t, t, y)
+        for block in self.blocks[: self.head_depths[name]]:
+            h = block(h, c)
+        return self.heads[name](h, c)
 
     @torch.no_grad()
     def block_output(self, x_t, t, y, depth):
@@ -300,9 +315,44 @@ def resample_positions(pos_embed, side):
     return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
-def load_encoder(name, hub, image_size):
-    """An `Encoder` of torch.hub's facebookresearch/dinov2 or of `hub`, a clone of it; raises ValueError."""
+class ExportedEncoder:
+    """A program of torch.export as REPA's encoder: uint8 images (B, 3, S, S) -> tokens (B, N, dim)."""
+
+    def __init__(self, path, image_size):
+        self.path = path
+        shape = self.to("cpu")(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)).shape
+        if len(shape) != 3 or math.isqrt(shape[1]) ** 2 != shape[1]:
+            raise ValueError(f"for 2 images it gives {tuple(shape)}, not tokens (2, N, dim) of a square grid")
+        self.side, self.dim = math.isqrt(shape[1]), shape[2]
+
+    def to(self, device):
+        self.program = load_program(self.path, device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images):
+        with torch.autocast(images.device.type, enabled=False):  # it runs as exported
+            return self.program(images)
+
+
+def load_program(path, device):
+    """A program of torch.export as a module on the device."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # else code that is pickled in the file would run
+    logging.disable(logging.CRITICAL)  # it logs tracebacks
     try:
+        return move_to_device_pass(torch.export.load(path), str(device)).module()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_encoder(name, hub, image_size):
+    """REPA's encoder: FILE.pt2, or a name in torch.hub's facebookresearch/dinov2 or in `hub`, a clone of it.
+
+    Raises ValueError.
+    """
+    try:
+        if name.endswith(".pt2"):
+            return ExportedEncoder(name, image_size)
         if hub:
             network = torch.hub.load(hub, name, source="local", pretrained=False)
             weights = torch.load(Path(hub, f"{name}_pretrain.pth"), map_location="cpu", weights_only=True)
@@ -314,7 +364,7 @@ def load_encoder(name, hub, image_size):
                 network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
         return Encoder(network, image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        raise ValueError(f"cannot load encoder {name} from {hub or 'torch.hub'}: {error}") from error
+        raise ValueError(f"cannot load encoder {name} (--repa-hub {hub}): {error}") from error
 
 
 def load_vae(name):
@@ -368,6 +418,96 @@ def decode(vae, x, shift, scale):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+class LatentNorm(nn.Module):
+    """REPA-E's batch norm of latents z (B, C, H, W): nn.SyncBatchNorm without weights, also on a CPU.
+
+    forward takes the running statistics; `update` the batch's, over all processes, and updates the former.
+    """
+
+    EPS, MOMENTUM = 1e-4, 0.1
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, z):
+        return F.batch_norm(z, self.running_mean, self.running_var, eps=self.EPS)
+
+    @torch.no_grad()
+    def update(self, z):
+        mean = mean_over_processes(z.mean((0, 2, 3)))
+        var = mean_over_processes((z - mean.view(-1, 1, 1)).square().mean((0, 2, 3)))
+        count = z[:, 0].numel() * (dist.get_world_size() if dist.is_initialized() else 1)
+        self.running_mean.lerp_(mean, self.MOMENTUM)
+        self.running_var.lerp_(var * count / (count - 1), self.MOMENTUM)  # unbiased, as torch's
+        return F.batch_norm(z, mean, var, eps=self.EPS)
+
+
+def mean_over_processes(x):
+    """x, averaged in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def normalization_config(weights):
+    """What `latent_normalization` reads in a VAE's config, of the `bn` among a SiT's weights."""
+    mean, std = weights["bn.running_mean"].tolist(), weights["bn.running_var"].cpu().sqrt().tolist()
+    return {"latents_mean": mean, "latents_std": std, "shift_factor": None, "scaling_factor": 1.0}
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance (B,) of images (B, 3, S, S) in [-1, 1] from others (arXiv 1801.03924, version 0.1).
+
+    vgg: torchvision's weights of vgg16; lin: the lpips project's for it.
+    """
+
+    STAGES = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)  # convolutions, numbered as in vgg
+
+    def __init__(self, vgg, lin):
+        super().__init__()
+        weights = {name: value for name, value in vgg.items() if name.startswith("features.")} | lin
+        weights |= {"shift": torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
+                    "scale": torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)}
+        for name, value in weights.items():
+            self.register_buffer(name.replace(".", "_"), value.float(), persistent=False)
+
+    def features(self, images):
+        """The maps (B, width, h, w) of VGG's five stages, each pixel's vector of length 1."""
+        x, maps = (images - self.shift) / self.scale, []
+        for stage in self.STAGES:
+            x = F.max_pool2d(x, 2) if maps else x
+            for n in stage:
+                weight, bias = (getattr(self, f"features_{n}_{name}") for name in ("weight", "bias"))
+                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            maps.append(F.normalize(x, dim=1, eps=1e-10))
+        return maps
+
+    def forward(self, images, others):
+        pairs = enumerate(zip(self.features(images), self.features(others)))
+        return sum(F.conv2d((a - b).square(), getattr(self, f"lin{i}_model_1_weight")).mean((1, 2, 3))
+                   for i, (a, b) in pairs)
+
+
+class Discriminator(nn.Module):
+    """pix2pix's PatchGAN, with taming-transformers' names: images (B, 3, S, S) -> (B, 1, h, w), real if high."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for a, b, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
+        for layer in self.main:
+            if not isinstance(layer, nn.LeakyReLU):
+                nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
+
+    def forward(self, images):
+        return self.main(images)
+
+
 def to_bf16(model):
     """Keep in bf16 the weights that autocast rounds in every call: half the memory."""
     for layer in model.modules():
@@ -383,7 +523,8 @@ SiT_models = {f"SiT-{size}/{p}": partial(SiT, depth=depth, hidden_size=width, nu
 ALIGN_DEPTHS = {"XL": 8, "L": 8, "B": 2, "S": 2, "Ti": 2}
 SRA_DEPTHS = {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8), "Ti": (2, 4)}
 
-HEADS = ("heads.", "projectors.", "ap_head.")  # names of heads' weights: ours, REPA's, SRA's
+# names of weights that only training uses: heads (ours, REPA's, SRA's) and REPA-E's norm
+HEADS = ("heads.", "projectors.", "ap_head.", "bn.")
 
 
 def build_model(settings, heads=False):

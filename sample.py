@@ -1,4 +1,4 @@
-"""Draw images from a checkpoint of train.py, or from one that REPA or SRA published.
+"""Draw images from a checkpoint of train.py, or from one that REPA, SRA or REPA-E published.
 
     python sample.py --ckpt FILE --classes 207 360 388 --cfg-scale 4              # a grid to look at
     torchrun --nproc_per_node=8 sample.py --ckpt FILE --num-samples 50000         # an .npz for fid.py
@@ -9,6 +9,7 @@ batch size or the number of processes (to rounding). If interrupted, run the sam
 
 import argparse
 import math
+import os
 import shutil
 from datetime import timedelta
 from itertools import pairwise
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, fail,
                              first_line, fraction, init_distributed, nonnegative_int, positive_int, run,
                              write_json)
-from models import HEADS, SIZES, build_model, decode, load_vae, to_bf16
+from models import (HEADS, SIZES, build_model, decode, latent_normalization, load_vae, normalization_config,
+                    to_bf16)
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
@@ -118,19 +120,49 @@ def load_model(path):
         with torch.device("meta"):  # no initial weights
             model = build_model(settings)
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
+        facts = facts_of(settings["data"], weights)
+        if settings.get("tune_vae"):
+            facts["vae"] = tuned_vae(path)
     except Exception as error:  # of many kinds
-        fail(f"{path} is no checkpoint of train.py, REPA or SRA: {first_line(error)}")
-    return model.float().eval(), {**settings, "step": checkpoint.get("step")}
+        fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
+    return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}
+
+
+def facts_of(data, weights):
+    """A copy of facts on latents, with the shift and scale of REPA-E's norm, if weights hold that."""
+    if "bn.running_mean" not in weights:
+        return {**data}
+    shift, scale = latent_normalization(normalization_config(weights))
+    return {**data, "shift": shift, "scale": scale}
+
+
+def tuned_vae(path):
+    """The folder of diffusers with the VAE that was tuned along with a checkpoint."""
+    return f"{Path(path).resolve().with_suffix('')}-vae"
+
+
+def save_vae(vae, weights, path):
+    """Write the `tuned_vae` of checkpoint `path`; weights: SiT's, with the statistics of its latents."""
+    folder, part = tuned_vae(path), f"{tuned_vae(path)}.tmp"
+    vae.register_to_config(**normalization_config(weights))
+    try:
+        vae.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except Exception as error:  # safetensors has its own kind
+        shutil.rmtree(part, ignore_errors=True)
+        fail(f"{folder}: cannot be written, is the disk full? ({first_line(error)})")
 
 
 def published_settings(weights):
-    """Settings of REPA's and SRA's files, by the shapes of their weights; VAE and scale are theirs."""
+    """Settings of REPA's, SRA's and REPA-E's files, by their weights; VAE and scale are theirs."""
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     size = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    facts = {"vae": "stabilityai/sd-vae-ft-ema", "shift": 0.0, "scale": 0.18215, "num_classes": num_classes}
+    vae = "REPA-E/e2e-sdvae-hf" if "bn.running_mean" in weights else "stabilityai/sd-vae-ft-ema"
+    facts = {"vae": vae, "shift": 0.0, "scale": 0.18215, "num_classes": num_classes}
     return {"model": f"SiT-{size}/{patch}", "data": {**facts, "latent_shape": [channels, side, side]}}
 
 

@@ -6,8 +6,8 @@
     L = mean (v_pred - v)^2 + lambda smooth_l1(x_pred, x; beta)   v_pred: last block, x_pred: block d  (7, 8)
 
 x is the VAE's latent, drawn from its posterior anew every step, shifted and scaled; t ~ U[0, 1]. REPA (arXiv
-2410.06940) and SRA (arXiv 2505.02831) are heads with other targets in the same loop. Run the same command
-again to resume.
+2410.06940) and SRA (arXiv 2505.02831) are heads with other targets in the same loop; REPA-E (arXiv
+2504.10483) tunes the VAE, too. Run the same command again to resume.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from tqdm import tqdm
 from extract_latents import (Latents, Parser, atomic_write, check_same_settings, fail, first_line,
                              fraction, init_distributed, lock, nonnegative_int, positive_int, read_ahead,
                              run, write_json)
-from models import ALIGN_DEPTHS, SRA_DEPTHS, SiT_models, build_model, load_encoder, load_vae, patchify
-from sample import load_checkpoint, rng, sample_images, save_grid
+from models import (ALIGN_DEPTHS, LPIPS, SRA_DEPTHS, Discriminator, SiT_models, build_model, load_encoder,
+                    load_vae, mean_over_processes, patchify)
+from sample import facts_of, load_checkpoint, rng, sample_images, save_grid, save_vae
 
 
 def interpolate(x, noise, t):
@@ -76,7 +77,7 @@ def training_losses(model, batch, args, ema, encoder):
     return losses
 
 
-def loss_weight(name, args, epoch):
+def loss_weight(name, args, epoch=0):
     """lambda of Eq. 8, the flag --NAME-weight; SRA's falls to a tenth every 1000 epochs after epoch 149."""
     if name == "denoising":
         return 1.0
@@ -90,9 +91,9 @@ def training_step(model, ema, optimizer, encoder, batch, args, epoch):
     Returns scalars by name: the means of their losses before weighting, and "grad_norm" over all processes.
     """
     raw_model, local_batch, means = getattr(model, "module", model), len(batch["x"]), {}
-    for first in range(0, local_batch, args.micro_batch):
-        micro = {name: values[first : first + args.micro_batch] for name, values in batch.items()}
-        last = first + args.micro_batch == local_batch  # only then does DDP average the gradients
+    micros = micro_batches(batch, args)
+    for micro in micros:
+        last = micro is micros[-1]  # only then does DDP average the gradients
         with contextlib.nullcontext() if last or model is raw_model else model.no_sync():
             with torch.autocast(batch["x"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = training_losses(model, micro, args, ema, encoder)
@@ -106,10 +107,67 @@ def training_step(model, ema, optimizer, encoder, batch, args, epoch):
     return {**means, "grad_norm": grad_norm}
 
 
+def micro_batches(batch, args):
+    """A batch {name: (b, …)} in parts of --micro-batch images."""
+    parts = zip(*(values.split(args.micro_batch) for values in batch.values()))
+    return [dict(zip(batch, part)) for part in parts]
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, parameter by parameter."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    """ema <- decay * ema + (1 - decay) * model, of parameters and of buffers, for REPA-E's statistics."""
+    averages, values = ([*module.parameters(), *module.buffers()] for module in (ema, model))
+    torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+def vae_losses(tuned, model, encoder, batch, args):
+    """Latents z of REPA-E's VAE, and terms of its loss and its discriminator's, in float32: {name: (B,)}."""
+    images, t = batch["images"].float() / 127.5 - 1, batch["t"]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        posterior = tuned["vae"].encode(images).latent_dist
+        posterior = type(posterior)(posterior.parameters.float())
+        z = posterior.mean + posterior.std * batch["eps"]
+        decoded = tuned["vae"].decode(z).sample
+        x_t, _ = interpolate(model.bn(z), batch["noise"], t)
+        prediction, target = model.align(x_t, t, batch["labels"], "repa"), encoder(batch["images"])
+    decoded = decoded.float()
+    losses = {"l1": (decoded - images).abs().mean(dim=(1, 2, 3)), "kl": posterior.kl(),
+              "vae_align": alignment_loss(prediction, target, "cosine")}  # reaches the encoder through SiT
+    if "lpips" in tuned:
+        losses["lpips"] = tuned["lpips"](decoded, images)
+    if "gan" in tuned:  # with hinge loss
+        losses["gan"] = -tuned["gan"](decoded).mean(dim=(1, 2, 3))
+        real, fake = tuned["gan"](images), tuned["gan"](decoded.detach())
+        losses["discriminator"] = (F.relu(1 - real) + F.relu(1 + fake)).mean(dim=(1, 2, 3)) / 2
+    return z, losses
+
+
+def tune_vae(tuned, model, encoder, batch, args):
+    """REPA-E's part of a step: gradients for VAE and discriminator; batch["x"] becomes the VAE's latents.
+
+    These are detached, as the diffusion loss would make them collapse, and normalised over the global batch.
+    `training_step` then updates all at once. (REPA-E does so one by one, but no gradient sees another's update.)
+    tuned: {"vae", "gan", "lpips"}, those in use; model: SiT, not in DDP. Returns scalars by name.
+    """
+    latents, means = [], {}
+    for micro in micro_batches(batch, args):
+        z, losses = vae_losses(tuned, model, encoder, micro, args)
+        latents.append(z.detach())
+        losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
+        means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
+        if "gan" in tuned:
+            losses.pop("discriminator").backward()
+        loss = sum(loss_weight(name, args) * loss for name, loss in losses.items())
+        loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
+    for name in [name for name in ("vae", "gan") if name in tuned]:
+        weights = list(tuned[name].parameters())
+        if dist.is_initialized():
+            gradients = [p.grad for p in weights]
+            flat = mean_over_processes(torch.nn.utils.parameters_to_vector(gradients))
+            torch.nn.utils.vector_to_parameters(flat, gradients)
+        means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
+    batch["x"] = model.bn.update(torch.cat(latents))
+    return means
 
 
 def step_rows(facts, args, step):
@@ -142,7 +200,8 @@ def make_batch(stored, step, facts, args, local, device):
     batch = {"x": mean + std * eps[local], "noise": noise[local], "t": t[local],
              "y": torch.where(u_drop[local] < args.label_dropout, facts["num_classes"], y),  # the null class
              "interval_weight": inside[local],
-             "t_teacher": (t - args.sra_t_max * u_teacher).clamp(min=0)[local]}
+             "t_teacher": (t - args.sra_t_max * u_teacher).clamp(min=0)[local],
+             "eps": eps[local], "labels": y}  # for REPA-E
     return {**batch, "images": images[0]} if images else batch
 
 
@@ -157,17 +216,14 @@ def compile_layers(model, ema, args):
 def check_finite(done, history):
     """Stop, on all processes, at a gradient norm in history that is not finite."""
     for step, scalars in enumerate(history, start=done - len(history) + 1):
-        if not scalars["grad_norm"].isfinite():
+        if not all(scalars[name].isfinite() for name in scalars if name.endswith("grad_norm")):
             fail(f"the loss or its gradient is not finite at step {step}: is --lr too high, a latent bad?")
 
 
 def log_line(done, history, images_per_s):
     """A line of log.jsonl: means over the steps in history and the processes."""
     rows = torch.stack([torch.stack(list(scalars.values())) for scalars in history])  # (steps, scalars)
-    means = rows.mean(dim=0)
-    if dist.is_initialized():
-        dist.all_reduce(means)
-        means /= dist.get_world_size()
+    means = mean_over_processes(rows.mean(dim=0))
     return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": rows[:, -1].max().item(),
             "images_per_s": images_per_s, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
@@ -176,6 +232,7 @@ def draw_grid(ema, vae, facts, args, path):
     """Rows of 4 images of up to 10 classes, always from the same noise, guided as in Fig. 4."""
     classes = np.linspace(0, facts["num_classes"] - 1, min(facts["num_classes"], 10)).astype(int)
     y = np.repeat(classes, 4)
+    facts = facts_of(facts, ema.state_dict())
     images = sample_images(ema, vae, facts, range(len(y)), y, args.seed, args.precision,
                            mode="ode", num_steps=50, cfg_scale=4.0 if args.label_dropout else 1.0)
     save_grid(images.cpu().numpy(), 4, path)
@@ -235,13 +292,22 @@ def parse_args():
     add = parser.add_argument_group("REPA").add_argument
     add("--repa-depth", type=nonnegative_int, default=0, help="block to align (REPA: 8); 0 is off")
     add("--repa-weight", type=nonnegative_float, default=0.5, help="lambda")
-    add("--repa-encoder", default="dinov2_vitb14", help="name in torch.hub's facebookresearch/dinov2")
+    add("--repa-encoder", default="dinov2_vitb14",
+        help="name in torch.hub's facebookresearch/dinov2, or FILE.pt2, a program of torch.export")
     add("--repa-hub", metavar="DIR", help="clone of it with REPA_ENCODER_pretrain.pth inside")
     add = parser.add_argument_group("SRA").add_argument
     add("--sra-depth", type=nonnegative_int, default=0, help="block to align (SRA: XL 8, L 6, B 3); 0 is off")
     add("--sra-weight", type=nonnegative_float, default=0.2, help="lambda until epoch 149, then falling")
     add("--sra-teacher-depth", type=positive_int, help="the EMA model's block (default: XL 20, L 16, B 8)")
     add("--sra-t-max", type=fraction, default=0.2, help="the teacher's t is smaller by up to this")
+    add = parser.add_argument_group("REPA-E").add_argument
+    add("--tune-vae", action="store_true", help="train the VAE, too; needs REPA")
+    add("--vae-from-scratch", action="store_true", help="from random weights")
+    for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "vae-align": 1.5}.items():
+        add(f"--{term}-weight", type=nonnegative_float, default=weight, help="in the VAE's loss")
+    add("--lpips-weights", nargs=2, metavar="FILE", default=["vgg16-397923af.pth", "vgg.pth"],
+        help="torchvision's VGG16, and weights/v0.1/vgg.pth of the lpips project")
+    add("--disc-init", metavar="FILE", help="weights of the discriminator (default: random)")
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive_int, default=256, help="images per step over all processes")
     add("--micro-batch", type=positive_int, help="images per forward and process (default: all)")
@@ -265,13 +331,16 @@ def parse_args():
     size = args.model.split("-")[1].split("/")[0]
     args.vae_repa_depth = ALIGN_DEPTHS[size] if args.vae_repa_depth is None else args.vae_repa_depth
     for name, value in list(vars(args).items()):
-        if name.endswith("_weight") and not value:  # weight 0 builds no head either
-            setattr(args, name.replace("_weight", "_depth"), 0)
+        depth = name.replace("_weight", "_depth")
+        if depth in args and depth != name and not value:  # weight 0 builds no head either
+            setattr(args, depth, 0)
     if args.sra_depth:
         args.sra_teacher_depth = args.sra_teacher_depth or SRA_DEPTHS[size][1]
     low, high = args.vae_repa_interval
     if low > high:
         fail(f"--vae-repa-interval {low} {high} must have LO <= HI")
+    if args.tune_vae and not args.repa_depth or args.vae_from_scratch and not args.tune_vae:
+        fail("--tune-vae needs REPA, by --repa-depth, and --vae-from-scratch needs --tune-vae")
     args.run_dir = args.run_dir or default_run_dir(args, parser)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(args.batch_size // world_size, 1)
@@ -283,7 +352,7 @@ def parse_args():
 
 # flags that a resume may change; of --data, the facts are compared and not the path
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "repa_hub", "wandb")
+        "sample_every", "repa_hub", "lpips_weights", "wandb")
 
 
 def default_run_dir(args, parser):
@@ -293,11 +362,37 @@ def default_run_dir(args, parser):
     return "runs/" + "_".join(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)
 
 
+@torch.no_grad()
+def load_tuned(args, facts):
+    """What `tune_vae` needs; raises ValueError."""
+    tuned, path, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
+    try:
+        vae, images = load_vae(path), torch.zeros(2, 3, size, size)
+        if args.vae_from_scratch:
+            vae = type(vae).from_config(vae.config)
+        tuned["vae"] = vae.requires_grad_()
+        shape = list(vae.encode(images).latent_dist.mean.shape[1:])
+        if shape != facts["latent_shape"]:
+            raise ValueError(f"it makes latents {shape}, those of --data are {facts['latent_shape']}")
+        if args.gan_weight:
+            path, tuned["gan"] = args.disc_init or "a PatchGAN", Discriminator()
+            tuned["gan"](images)  # are they large enough?
+            if args.disc_init:
+                tuned["gan"].load_state_dict(load_checkpoint(path))
+        if args.lpips_weight:
+            path = f"--lpips-weights {' '.join(args.lpips_weights)} (--lpips-weight 0 goes without)"
+            tuned["lpips"] = LPIPS(*map(load_checkpoint, args.lpips_weights))
+            tuned["lpips"](images, images)
+    except Exception as error:  # hub, config, weights, sizes
+        raise ValueError(f"--tune-vae cannot use {path} for {size} pixels: {first_line(error)}") from error
+    return tuned
+
+
 def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA, and each or None: the saved
-    state, REPA's encoder, the VAE for grids).
+    """Every check, before the GPU is touched: (latents, settings, model, EMA, `load_tuned`'s, and each or None:
+    the saved state, REPA's encoder, the VAE for grids).
     """
-    run_dir, encoder, vae = Path(args.run_dir), None, None
+    run_dir, encoder, vae, tuned = Path(args.run_dir), None, None, torch.nn.ModuleDict()
     latents = Latents(args.data, with_images=args.repa_depth > 0)
     settings = {**vars(args), "data": latents.facts}
     first = int(os.environ.get("RANK", 0)) == 0
@@ -313,6 +408,11 @@ def prepare(args):
         if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
+        if args.tune_vae:
+            tuned = load_tuned(args, latents.facts)
+            if not args.vae_from_scratch:
+                model.bn.running_mean.copy_(torch.tensor(latents.facts["shift"]))
+                model.bn.running_var.copy_(torch.tensor(latents.facts["scale"]) ** -2)
     except ValueError as error:
         fail(first_line(error))
     flat = {**settings, **latents.facts, "data": args.data}
@@ -327,29 +427,32 @@ def prepare(args):
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         if state:
             ema.load_state_dict(state["ema"])
-            torch.optim.AdamW(model.parameters()).load_state_dict(state["opt"])  # only a check
+            tuned.load_state_dict(state.get("tuned", {}))
+            weights = [*model.parameters(), *tuned.parameters()]
+            torch.optim.AdamW(weights).load_state_dict(state["opt"])  # only a check
             state = {"step": int(state["step"]), "opt": state["opt"]}
         if first and 0 < args.sample_every <= args.max_steps:
             path = latents.facts["vae"]
-            vae = load_vae(path)
+            vae = tuned["vae"] if tuned else load_vae(path)
     except Exception as error:  # files can be wrong in many ways
         fail(f"{path} does not fit {args.model} and these latents: {first_line(error)}")
     if first:
         lock(run_dir / "lock", run_dir)
         write_json(run_dir / "settings.json", flat)
-    return latents, settings, model, ema, state, encoder, vae
+    return latents, settings, model, ema, tuned, state, encoder, vae
 
 
 def main():
     args = parse_args()
-    latents, settings, raw_model, ema, state, encoder, vae = prepare(args)
+    latents, settings, raw_model, ema, tuned, state, encoder, vae = prepare(args)
     facts, run_dir, start = latents.facts, Path(args.run_dir), state["step"] if state else 0
 
     rank, world_size, device = init_distributed()
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
-    for module in filter(None, (raw_model, ema, encoder, vae)):
+    for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    trained = [*raw_model.parameters(), *tuned.parameters()]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     if state:
         optimizer.load_state_dict(state.pop("opt"))
     if args.compile:
@@ -361,7 +464,7 @@ def main():
         if len(set(starts)) > 1:
             fail(f"processes resume from steps {starts}: all must see the same --run-dir")
         model = DDP(raw_model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # the position table never changes
+        model.broadcast_buffers = False  # they are equal
     if rank == 0:
         print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
 
@@ -376,7 +479,8 @@ def main():
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
         batch = make_batch(stored, step, facts, args, local, device)
         epoch = step * args.batch_size // facts["count"]
-        history.append(training_step(model, ema, optimizer, encoder, batch, args, epoch))
+        scalars = tune_vae(tuned, raw_model, encoder, batch, args) if tuned else {}
+        history.append(scalars | training_step(model, ema, optimizer, encoder, batch, args, epoch))
 
         done, stop = step + 1, any_signal()
         log, numbered, resumable, draw = (every and done % every == 0 for every in (
@@ -392,10 +496,15 @@ def main():
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
             checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
+            numbered_path, state_path = run_dir / "checkpoints" / f"{done:07d}.pt", run_dir / "state.pt"
+            for path in [numbered_path] * numbered + [state_path] if tuned else []:
+                save_vae(tuned["vae"], ema.state_dict(), path)
             if numbered:
-                save(run_dir / "checkpoints" / f"{done:07d}.pt", checkpoint)
+                save(numbered_path, checkpoint)
             checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
-            save(run_dir / "state.pt", checkpoint)
+            if tuned:
+                checkpoint["tuned"] = tuned.state_dict()
+            save(state_path, checkpoint)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(ema, vae, facts, args, grid)

@@ -157,7 +157,7 @@ class Run:
         self.args = {n: train_args(method, args, *flags, n) for n in sizes}
         self.device, self.step = args.device, 0
         with mock.patch.object(train, "load_encoder", random_encoder):
-            latents, _, self.model, self.ema, _, self.encoder, _ = train.prepare(self.args[first])
+            latents, _, self.model, self.ema, _, _, self.encoder, _ = train.prepare(self.args[first])
         for module in filter(None, (self.model, self.ema, self.encoder)):
             module.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=0, fused=True)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402  (these are found only now)
 from extract_latents import (Latents, Parser, atomic_write, fail, first_line, fraction,  # noqa: E402
                              init_distributed, positive_int, run, write_json)
-from models import decode, load_encoder, load_vae  # noqa: E402
+from models import decode, load_encoder, load_program, load_vae  # noqa: E402
 from sample import load_model, randn_like, rng  # noqa: E402
 from train import interpolate  # noqa: E402
 
@@ -372,7 +372,7 @@ def load_target(args, latents, device):
     """What --target names: REPA's encoder or a detector, or None for latents."""
     try:
         if args.target.endswith(".pt2"):
-            return fid.load_detector(args.target, device)
+            return load_program(args.target, device)
         if args.target != "latents":
             return load_encoder(args.target, args.repa_hub, latents.facts["image_size"]).to(device)
     except Exception as error:  # of many kinds

@@ -156,7 +156,7 @@ def test_the_set_on_disk(whole, pictures, vae):
     about = json.loads((whole / "latents.json").read_text())
     assert about.pop("files_sha256") == hashlib.sha256(os.fsencode("\n".join(NAMES))).hexdigest()
     assert about == {
-        "vae": str(vae), "image_size": 32, "store_images": True, "shift": 0.25, "scale": 0.5,
+        "vae": str(vae), "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25, "scale": 0.5,
         "num_classes": 3, "class_names": ["class0", "class1", "class2"]}
 
 
@@ -460,6 +460,6 @@ def test_flags(capsys, images, vae, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["extract_latents.py", "--images", "x"])
     assert vars(extract_latents.parse_args()) == {
         "images": "x", "out": "data/latents", "vae": "stabilityai/sd-vae-ft-mse", "image_size": 256,
-        "store_images": False, "batch_size": 64, "num_workers": 8}
+        "store_images": False, "reconstruct": False, "batch_size": 64, "num_workers": 8}
     status, stdout, _ = cli(capsys, "extract_latents", "--help")
     assert status == 0 and "(default: 256)" in stdout and "default: None" not in stdout

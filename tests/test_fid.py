@@ -225,7 +225,7 @@ def test_command_equals_numpy(capsys, sets, monkeypatch, samples, reference, lef
     root, *arrays = sets
     if left_out:
         outputs = lambda x: {name: y for name, y in tiny(x).items() if name not in left_out}  # noqa: E731
-        monkeypatch.setattr(fid, "load_detector", lambda path, device: outputs)
+        monkeypatch.setattr(fid, "load_program", lambda path, device: outputs)
     metrics, written, stdout, stderr = evaluate(capsys, root, samples, "--ref", reference, "--num-workers", 2)
     expected = {name: x for name, x in expected_of(*arrays)[0].items() if name not in left_out}
     assert metrics == pytest.approx(expected, rel=1e-6)
@@ -325,7 +325,7 @@ def test_demo_detector_knows_the_shapes_and_ranks_what_spoils_them(monkeypatch):
     monkeypatch.syspath_prepend(DEMO.parent)
     from draw_images import CLASSES, draw
 
-    module, labels = fid.load_detector(DEMO, torch.device("cpu")), np.arange(400) % 10
+    module, labels = fid.load_program(DEMO, torch.device("cpu")), np.arange(400) % 10
     drawn = [np.asarray(draw(CLASSES[c], np.random.default_rng([7, i]), 64)) for i, c in enumerate(labels)]
     images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
     assert (module(images)["logits"].argmax(1).numpy() == labels).mean() > 0.98
@@ -420,7 +420,7 @@ def test_bad_flags_and_networks(capsys, sets, tmp_path, monkeypatch, args, says)
     """Code that is pickled in weights, or somewhere in a program, does not run; outputs must be features."""
     monkeypatch.chdir(tmp_path)
     if callable(outputs := args):
-        monkeypatch.setattr(fid, "load_detector", lambda path, device: outputs)
+        monkeypatch.setattr(fid, "load_program", lambda path, device: outputs)
         args = "--save-stats ref.npz --detector code --batch-size 3"
     code = file_of(lambda file, x: torch.save(x, file), {"fc.bias": Payload()})
     Path("code").write_bytes(code)

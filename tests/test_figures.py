@@ -395,7 +395,7 @@ def test_cknna_of_blocks(ckpts, stored, hub, capsys, tmp_path, plots, target):
     if target == "latents":
         features = x.mean((2, 3))
     elif target == DETECTOR:
-        features = fid.load_detector(target, "cpu")(images)["features"].numpy()
+        features = fid.load_program(target, "cpu")(images)["features"].numpy()
     else:
         features = load_encoder(target, hub, 32)(images).mean(1).numpy()
     expected = [literal_cknna(h.mean(1).numpy(), features, 4) for h in outputs]

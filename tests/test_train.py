@@ -327,6 +327,9 @@ def test_defaults_are_the_papers(monkeypatch):
               "repa_encoder": "dinov2_vitb14", "repa_hub": None, "sra_depth": 0, "sra_weight": 0.2,
               "sra_teacher_depth": None, "sra_t_max": 0.2, "ckpt_every": 50_000, "state_every": 10_000,
               "sample_every": 10_000, "log_every": 100, "wandb": None,
+              "tune_vae": False, "vae_from_scratch": False, "l1_weight": 1.0, "lpips_weight": 1.0,
+              "kl_weight": 1e-6, "gan_weight": 0.1, "vae_align_weight": 1.5, "disc_init": None,
+              "lpips_weights": ["vgg16-397923af.pth", "vgg.pth"],
               "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
               "precision": "fp32", "compile": False}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
@@ -340,7 +343,8 @@ CHANGES = [
     ("--vae-repa-depth", 0), ("--vae-repa-weight", 0.5), ("--vae-repa-loss", "l2"), ("--vae-repa-beta", 0.1),
     ("--vae-repa-layers", 2), ("--vae-repa-interval", 0, 0.75), ("--vae-repa-interval", 0.5, 1)]
 FREE = [("--wandb", "sit"), ("--max-steps", 7), ("--micro-batch", 1), ("--log-every", 1), ("--ckpt-every", 1),
-        ("--sample-every", 1), ("--state-every", 1), ("--compile",), ("--repa-hub", "clone")]
+        ("--sample-every", 1), ("--state-every", 1), ("--compile",), ("--repa-hub", "clone"),
+        ("--lpips-weights", "vgg", "lin")]
 
 
 def test_settings_that_matter(capsys, monkeypatch, whole, data):

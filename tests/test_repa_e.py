@@ -1,0 +1,554 @@
+"""REPA-E, train.py --tune-vae: a step against one written out, in REPA-E's order of three updates; each loss
+against its formula; where gradients go; runs that must be the same run; the tuned VAE on its way to samples and
+latents; encoders of torch.export; bad input."""
+
+import argparse
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, write_set
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from numpy.lib.stride_tricks import sliding_window_view
+from test_alignments import DINOV2, flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
+from test_sample import lively
+from test_train import assert_close_run, assert_same_run, contents, fit, load, log, refused, same_tensors
+
+import models
+import repa_e
+import sample
+import train
+from extract_latents import Latents
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # of VGG16 in torchvision
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory, images, vae):
+    """(data with images, flags of train.py): everything that REPA-E needs, with weights of its files' format."""
+    folder = tmp_path_factory.mktemp("tuning")
+    flags = ("--images", images, "--vae", vae, "--image-size", 32, "--num-workers", 1, "--store-images")
+    assert cli(None, "extract_latents", *flags, "--out", folder / "set")[0] == 0
+    g = torch.Generator().manual_seed(0)
+    vgg, lin, width = {"classifier.0.weight": torch.zeros(1)}, {}, 3
+    for stage, numbers in enumerate(STAGES):
+        for n in numbers:
+            vgg[f"features.{n}.weight"] = torch.randn(stage + 4, width, 3, 3, generator=g) / (3 * width**0.5)
+            vgg[f"features.{n}.bias"] = torch.randn(width := stage + 4, generator=g) / 10
+        lin[f"lin{stage}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=g)
+    torch.manual_seed(1)
+    for name, weights in {"vgg": vgg, "lin": lin, "gan": models.Discriminator().state_dict()}.items():
+        torch.save(weights, folder / f"{name}.pth")
+    return folder / "set", ["--tune-vae", "--lpips-weights", folder / "vgg.pth", folder / "lin.pth",
+                            "--disc-init", folder / "gan.pth"]
+
+
+@pytest.fixture(scope="module")
+def common(tuning, hub):  # noqa: F811
+    return [*tuning[1], *flags_of(["repa"], hub), "--lr", 1e-3, "--batch-size", 4]
+
+
+def lpips_by_numpy(vgg, lin, images, others):
+    """The definition, in float64."""
+    def conv(x, weight, bias):
+        windows = sliding_window_view(np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), axis=(2, 3))
+        return np.einsum("bcijhw,ochw->boij", windows, weight) + bias[:, None, None]
+
+    total, vgg, lin = 0, *({name: x.double().numpy() for name, x in each.items()} for each in (vgg, lin))
+    pair = [(x.double().numpy() - np.reshape([-0.030, -0.088, -0.188], (3, 1, 1)))
+            / np.reshape([0.458, 0.448, 0.450], (3, 1, 1)) for x in (images, others)]
+    for stage, numbers in enumerate(STAGES):
+        for i, x in enumerate(pair):
+            if stage:
+                b, c, h, w = x.shape
+                x = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(b, c, h // 2, 2, w // 2, 2).max(axis=(3, 5))
+            for n in numbers:
+                x = conv(x, vgg[f"features.{n}.weight"], vgg[f"features.{n}.bias"]).clip(0)
+            pair[i] = x
+        unit = [x / (np.sqrt((x**2).sum(axis=1, keepdims=True)) + 1e-10) for x in pair]
+        weighted = (unit[0] - unit[1]) ** 2 * lin[f"lin{stage}.model.1.weight"]
+        total = total + weighted.sum(axis=1).mean(axis=(1, 2))
+    return total
+
+
+def test_lpips(tuning):
+    vgg, lin = map(load, tuning[1][2:4])
+    lpips, images = models.LPIPS(vgg, lin), torch.rand(3, 3, 32, 36) * 2 - 1
+    others = (images + torch.randn(3, 1, 1, 1) * torch.randn_like(images) / 2).clamp(-1, 1)
+    np.testing.assert_allclose(lpips(images, others), lpips_by_numpy(vgg, lin, images, others), rtol=1e-4)
+    assert not lpips(images, images).any() and not lpips.state_dict() and not list(lpips.parameters())
+    black = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)  # where features may be 0
+    lpips(black, black.detach()).sum().backward()
+    assert black.grad.isfinite().all()
+
+
+class Plain(torch.nn.Module):
+    """What `vae_losses` needs of a VAE: given parameters of the posterior, and images."""
+
+    def __init__(self, parameters, decoded):
+        super().__init__()
+        self.posterior, self.decoded = DiagonalGaussianDistribution(parameters), decoded
+
+    def encode(self, images):
+        return SimpleNamespace(latent_dist=self.posterior)
+
+    def decode(self, z):
+        return SimpleNamespace(sample=self.decoded)
+
+
+def some_batch(b=3, side=8):
+    torch.manual_seed(2)
+    return {"images": torch.randint(0, 256, (b, 3, 32, 32), dtype=torch.uint8), "t": torch.rand(b),
+            "x": torch.zeros(b, 4, side, side), "y": torch.full((b,), 10), "labels": torch.arange(b),
+            "noise": torch.randn(b, 4, side, side), "eps": torch.randn(b, 4, side, side)}
+
+
+def aligned_model():
+    return lively("SiT-Ti/4", 10, repa_depth=2, repa_dim=32, tune_vae=True)
+
+
+ARGS = argparse.Namespace(precision="fp32", repa_depth=2, micro_batch=3, grad_clip=1.0, l1_weight=1.0,
+                          lpips_weight=1.0, kl_weight=1e-6, gan_weight=0.1, vae_align_weight=1.5)
+
+
+def test_losses_in_closed_form():
+    """Mean absolute error; KL of a Gaussian from the standard one; hinge losses; by image."""
+    batch = some_batch()
+    mean, logvar = torch.randn(2, 3, 4, 8, 8).double().unbind()
+    logvar[0, 0, 0, 0] = 40.0  # clamped to 20
+    decoded = torch.rand(3, 3, 32, 32) * 2 - 1
+    scores = {"real": torch.tensor([-3.0, 0.5, 2.0]), "fake": torch.tensor([-3.0, 0.5, 2.0]).flip(0)}
+    tuned = {"vae": Plain(torch.cat([mean, logvar], 1).float(), decoded), "gan": lambda x: scores[
+        "fake" if torch.equal(x, decoded) else "real"].view(3, 1, 1, 1).expand(3, 1, 2, 2)}
+    z, losses = train.vae_losses(tuned, aligned_model(), lambda images: torch.ones(3, 4, 32), batch, ARGS)
+    logvar = logvar.clamp(-30, 20)
+    torch.testing.assert_close(z.double(), mean + (logvar / 2).exp() * batch["eps"], rtol=1e-5, atol=1e-5)
+    l1 = (decoded - (batch["images"] / 127.5 - 1)).abs().flatten(1).mean(1)
+    torch.testing.assert_close(losses["l1"], l1)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()),
+                                           torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    torch.testing.assert_close(losses["kl"].double(), kl, rtol=1e-5, atol=0)
+    assert losses["gan"].tolist() == [-2.0, -0.5, 3.0]
+    # (relu(1 - real) + relu(1 + fake)) / 2
+    assert losses["discriminator"].tolist() == [(4 + 3) / 2, (0.5 + 1.5) / 2, (0 + 0) / 2]
+    assert set(losses) == {"l1", "kl", "vae_align", "gan", "discriminator"}
+    assert train.loss_weight("vae_align", ARGS) == 1.5 and train.loss_weight("kl", ARGS) == 1e-6
+
+
+def test_norm_is_batch_norm():
+    """In training and in evaluation, also where the variance is small."""
+    torch.manual_seed(0)
+    ours, theirs = models.LatentNorm(4), torch.nn.BatchNorm2d(4, eps=1e-4, affine=False)
+    scale, shift = torch.tensor([5.0, 1.0, 0.01, 3.0]).view(4, 1, 1), torch.tensor([1.0, -50, 0, 3]).view(4, 1, 1)
+    for _ in range(5):
+        z = (torch.randn(6, 4, 8, 8) * scale + shift).requires_grad_()
+        x = ours.update(z)
+        torch.testing.assert_close(x, theirs.train()(z), rtol=1e-4, atol=1e-4)
+        assert not x.requires_grad
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+        (a,), (b,) = (torch.autograd.grad((norm(z) ** 3).sum(), z) for norm in (ours, theirs.eval()))
+        torch.testing.assert_close(ours(z), theirs(z))
+        torch.testing.assert_close(a, b)
+    config = models.normalization_config({"bn." + name: value for name, value in ours.state_dict().items()})
+    back, scale = models.latent_normalization(config)
+    x = (z.detach() - torch.tensor(back).view(4, 1, 1)) * torch.tensor(scale).view(4, 1, 1)
+    torch.testing.assert_close(x[:, [0, 1, 3]], ours(z)[:, [0, 1, 3]], rtol=1e-3, atol=1e-3)  # but for eps
+
+
+def reached(loss, modules):
+    """Names of the modules of which every parameter has a gradient; of others none may have."""
+    found = set()
+    for name, module in modules.items():
+        grads = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+        nonzero = [g is not None and bool(g.any()) for g in grads]
+        assert all(nonzero) or not any(g is not None for g in grads), name
+        found |= {name} if all(nonzero) else set()
+    return found
+
+
+def test_where_gradients_go(tuning, vae):
+    """Reconstruction to decoder and encoder, KL and REPA to the encoder alone, the hinge loss to the discriminator;
+    and a step leaves none on SiT and its head."""
+    torch.manual_seed(0)
+    kl = models.load_vae(str(vae)).requires_grad_()
+    tuned = torch.nn.ModuleDict({"vae": kl, "gan": models.Discriminator(),
+                                 "lpips": models.LPIPS(*map(load, tuning[1][2:4]))})
+    encoder, model = models.Encoder(tiny_encoder(), 32), aligned_model()
+    _, losses = train.vae_losses(tuned, model, encoder, some_batch(), ARGS)
+    parts = {"encoder": torch.nn.ModuleList([kl.encoder, kl.quant_conv]), "gan": tuned["gan"],
+             "decoder": torch.nn.ModuleList([kl.decoder, kl.post_quant_conv])}
+    found = {name: reached(loss.sum(), parts) for name, loss in losses.items()}
+    both = {"encoder", "decoder"}
+    assert found == {"l1": both, "lpips": both, "kl": {"encoder"}, "vae_align": {"encoder"},
+                     "gan": both | {"gan"}, "discriminator": {"gan"}}
+
+    hinge = losses.pop("discriminator").mean()
+    own = torch.autograd.grad(hinge, list(tuned["gan"].parameters()))
+    expected = torch.autograd.grad(sum(losses[name].mean() * train.loss_weight(name, ARGS) for name in losses),
+                                   list(kl.parameters()))
+    batch, stored = some_batch(), {name: p.clone() for name, p in model.named_parameters()}
+    scalars = train.tune_vae(tuned, model, encoder, batch, ARGS)
+    assert all(p.grad is None for p in model.parameters()) and same_tensors(stored, dict(model.named_parameters()))
+    for grads, module, name in ((expected, kl, "vae"), (own, tuned["gan"], "gan")):
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        torch.testing.assert_close(scalars[f"{name}_grad_norm"], norm, rtol=1e-4, atol=0)
+        for g, p in zip(grads, module.parameters()):
+            torch.testing.assert_close(p.grad, g / max(norm, 1), rtol=1e-3, atol=1e-6)
+    before = [p.grad.clone() for p in kl.parameters()]
+    losses = train.training_losses(model, batch, argparse.Namespace(), model, encoder)
+    sum(loss.sum() for loss in losses.values()).backward()  # the diffusion loss and REPA's
+    assert not batch["x"].requires_grad and all(map(torch.equal, before, (p.grad for p in kl.parameters())))
+    assert all(p.grad.any() for p in model.heads["repa"].parameters())
+
+
+def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
+    """REPA-E from the files, with three optimizers in its order: (log lines, SiT and norm, EMA, VAE, PatchGAN)."""
+    args, facts = SimpleNamespace(**settings), settings["data"]
+    moments, labels, images = (torch.from_numpy(np.load(folder / f"{name}.npy"))
+                               for name in ("moments", "labels", "images"))
+    images = images.permute(0, 3, 1, 2)
+    torch.manual_seed(args.seed)
+    sit = models.SiT_models[args.model](
+        8, in_channels=4, num_classes=facts["num_classes"], vae_repa_depth=args.vae_repa_depth,
+        repa_depth=args.repa_depth, repa_dim=32)
+    bn = torch.nn.BatchNorm2d(4, eps=1e-4, affine=False)
+    if not args.vae_from_scratch:
+        bn.running_mean.fill_(facts["shift"])
+        bn.running_var.fill_(facts["scale"] ** -2)
+    average = {**{k: v.clone() for k, v in sit.state_dict().items()},
+               **{f"bn.{k}": v.clone() for k, v in bn.state_dict().items()}}
+    optimizers = [torch.optim.AdamW(m.parameters(), args.lr, weight_decay=0) for m in (vae, gan, sit)]
+    lines = []
+
+    def step_of(loss, module, optimizer):
+        for other in (vae, gan, sit):
+            other.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+        optimizer.step()
+        return norm.item()
+
+    for step in range(steps):
+        rows = torch.tensor(drawn_rows(args.seed, step, args.batch_size, 12))
+        eps, noise, t, u_drop, _ = drawn_numbers(args.seed, step, args.batch_size, (4, 8, 8))
+        picture, s = images[rows] / 127.5 - 1, t.view(-1, 1, 1, 1)
+        tokens = encoder(images[rows])
+        posterior = vae.encode(picture).latent_dist
+        z = posterior.mean + posterior.std * eps
+        decoded = vae.decode(z).sample
+        x = bn.eval()(z)
+        _, heads = sit((1 - s) * x + s * noise, t, labels[rows], return_align=True)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum((1, 2, 3)).mean()
+        line = {"l1": (decoded - picture).abs().mean(), "kl": kl,
+                "vae_align": -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()}
+        total = args.l1_weight * line["l1"] + 1e-6 * kl + 1.5 * line["vae_align"]
+        if args.lpips_weight:
+            line["lpips"] = lpips(decoded, picture).mean()
+            total = total + line["lpips"]
+        if args.gan_weight:
+            line["gan"] = -gan(decoded).mean()
+            total = total + 0.1 * line["gan"]
+        line["vae_grad_norm"] = step_of(total, vae, optimizers[0])
+        if args.gan_weight:
+            real, fake = gan(picture), gan(decoded.detach())
+            hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            line["discriminator"], line["gan_grad_norm"] = hinge, step_of(hinge, gan, optimizers[1])
+        x = bn.train()(z.detach())
+        y = torch.where(u_drop < args.label_dropout, facts["num_classes"], labels[rows])
+        v, heads = sit((1 - s) * x + s * noise, t, y, return_align=True)
+        line["denoising"] = (v - (noise - x)).square().mean()
+        line["repa"] = -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()
+        total = line["denoising"] + 0.5 * line["repa"]
+        if args.vae_repa_depth:
+            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], models.patchify(x, 4), beta=0.05)
+            total = total + line["vae_repa"]
+        line["grad_norm"] = step_of(total, sit, optimizers[2])
+        now = {**sit.state_dict(), **{f"bn.{k}": v for k, v in bn.state_dict().items()}}
+        average = {k: v if k.endswith("tracked") else args.ema_decay * v + (1 - args.ema_decay) * now[k]
+                   for k, v in average.items()}
+        lines.append({name: float(value) for name, value in line.items()})
+    return lines, now, average, vae.state_dict(), gan.state_dict()
+
+
+def assert_close_weights(found, expected):
+    for name in found:
+        if not name.endswith("tracked"):
+            off = (found[name] - expected[name]).abs() > 1e-4
+            assert off.float().mean() < 1e-3 or off.sum() < 3, name  # of a gradient that is 0, Adam takes any sign
+
+
+@pytest.mark.parametrize("flags", [
+    ("--label-dropout", 0.5, "--ema-decay", 0.7), ("--vae-repa-depth", 1, "--grad-clip", 0.1),
+    ("--lpips-weight", 0, "--gan-weight", 0, "--l1-weight", 3)], ids=lambda flags: "_".join(map(str, flags)))
+def test_training_equals_a_plain_loop(capsys, tuning, common, vae, tmp_path, flags):
+    flags = [*common, *map(str, flags)]
+    lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3)
+    gan = models.Discriminator()
+    gan.load_state_dict(load(tuning[1][5]))
+    files = (models.load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])))
+    expected, sit, average, tuned, judge = plain_loop(
+        state["settings"], tuning[0], 3, *files, models.Encoder(tiny_encoder(), 32))
+    for line, other in zip(lines, expected, strict=True):
+        assert set(line) - set(other) == {"step", "grad_norm_max", "images_per_s", "memory_gib"}
+        for name, value in other.items():
+            assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (line["step"], name)
+    assert_close_weights(state["model"], sit)
+    assert_close_weights(state["ema"], average)
+    found = {"vae": tuned, **({"gan": judge} if "--gan-weight" not in flags else {})}
+    assert {name.split(".")[0] for name in state["tuned"]} == set(found)
+    for part, weights in found.items():
+        own = {n.removeprefix(f"{part}."): x for n, x in state["tuned"].items() if n.startswith(part)}
+        assert_close_weights(own, weights)
+
+
+@pytest.mark.parametrize("flags", [(), ("--vae-from-scratch",)], ids=["tuned", "from scratch"])
+def test_resumes_to_the_bit(capsys, tuning, common, vae, tmp_path, flags):
+    """VAE, discriminator and optimizers too, and the folder of the VAE beside each checkpoint."""
+    for name, steps in (("whole", 4), ("parts", 1), ("parts", 4)):
+        _, state = fit(capsys, tuning[0], tmp_path / name, *common, *flags, "--ckpt-every", 2, "--max-steps", steps)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    other = load(tmp_path / "parts" / "state.pt")
+    assert same_tensors(state["tuned"], other["tuned"])
+    counts = [sum(1 for name in state[part] if "running" not in name and "tracked" not in name and
+                  name != "pos_embed") for part in ("model", "tuned")]
+    assert len(state["opt"]["state"]) == sum(counts)
+    for name in ("0000002-vae", "0000004-vae"):
+        a, b = (contents(tmp_path / run / "checkpoints" / name) for run in ("whole", "parts"))
+        assert list(a.values()) == list(b.values()) and len(a) == 2
+    start = models.load_vae(str(vae)).state_dict()
+    moved = max((state["tuned"][f"vae.{name}"] - x).abs().max() for name, x in start.items())
+    assert (moved < 0.006) == ("--vae-from-scratch" not in flags) and moved > 1e-3  # 4 steps of 1e-3
+
+
+def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
+    """Change nothing, the statistics of the norm included; but for the discriminator, whose batch norm sees one
+    forward pass."""
+    flags = (*common, "--gan-weight", 0, "--batch-size", 8, "--max-steps", 3)
+    fit(capsys, tuning[0], tmp_path / "whole", *flags)
+    fit(capsys, tuning[0], tmp_path / "micro", *flags, "--micro-batch", 2)
+    pair = ("--data", tuning[0], "--run-dir", tmp_path / "pair", "--micro-batch", 2)
+    process("train", *TINY, *flags, *pair, processes=2)
+    whole = load(tmp_path / "whole" / "state.pt")
+    for name in ("micro", "pair"):
+        assert_close_run(tmp_path / "whole", tmp_path / name, 3)
+        other = load(tmp_path / name / "state.pt")
+        assert_close_weights(other["tuned"], whole["tuned"])
+        for key in ("bn.running_mean", "bn.running_var"):
+            torch.testing.assert_close(other["ema"][key], whole["ema"][key], rtol=1e-4, atol=1e-5)
+    gan = (*common, "--batch-size", 8, "--max-steps", 2, "--data", tuning[0], "--run-dir", tmp_path / "gan")
+    process("train", *TINY, *gan, processes=2)  # runs, with the same VAE in both: else the next steps differ
+    assert all(line["gan_grad_norm"] > 0 for line in log(tmp_path / "gan"))
+
+
+def test_bf16(capsys, tuning, common, tmp_path):
+    """Networks in bf16, losses and latents in float32, near those of float32."""
+    exact, _ = fit(capsys, tuning[0], tmp_path / "fp32", *common, "--max-steps", 2)
+    rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *common, "--max-steps", 2, "--precision", "bf16")
+    assert exact != rounded and all(x.dtype in (torch.float32, torch.int64) for x in state["tuned"].values())
+    for a, b in zip(rounded, exact, strict=True):
+        for name in ("l1", "kl", "vae_align", "lpips", "gan", "discriminator", "denoising", "repa"):
+            assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.1), name
+    seen, half = [], (torch.randn(3, n, side, side).bfloat16() for n, side in ((8, 8), (3, 32)))
+    tuned = {"vae": Plain(*half), "gan": lambda x: seen.append(x.dtype) or x[:, :1],
+             "lpips": lambda a, b: seen.extend([a.dtype, b.dtype]) or (a - b).mean((1, 2, 3))}
+    args = argparse.Namespace(**{**vars(ARGS), "precision": "bf16"})
+    z, losses = train.vae_losses(tuned, aligned_model(), lambda _: torch.ones(3, 4, 32), some_batch(), args)
+    assert {z.dtype, *seen, *(loss.dtype for loss in losses.values())} == {torch.float32}
+
+
+def test_it_learns(capsys, tuning, common, tmp_path):
+    """From scratch, reconstructions get closer and SiT's tokens more like the encoder's, at once."""
+    flags = (*common, "--vae-from-scratch", "--max-steps", 60, "--lr", 5e-3, "--batch-size", 12)
+    lines, _ = fit(capsys, tuning[0], tmp_path / "run", *flags, "--gan-weight", 0)
+    first, last = ({name: np.mean([line[name] for line in part]) for name in lines[0]}
+                   for part in (lines[:5], lines[-5:]))
+    assert last["l1"] < 0.8 * first["l1"] and last["repa"] < first["repa"] - 0.1
+    assert last["vae_align"] < first["vae_align"] - 0.1
+
+
+@pytest.fixture(scope="module")
+def tuned_run(tmp_path_factory, tuning, common):
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    flags = (*common, "--data", tuning[0], "--run-dir", run, "--max-steps", 3, "--ema-decay", 0.5)
+    assert cli(None, "train", *TINY, *flags, "--sample-every", 3)[0] == 0
+    return run
+
+
+def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
+    """Extracted by it, x is what the checkpoint's SiT was trained on, and decodes as the VAE does."""
+    folder, state = tuned_run / "checkpoints" / "0000003-vae", load(tuned_run / "state.pt")
+    vae = models.load_vae(str(folder))
+    weights = {f"vae.{name}": x for name, x in vae.state_dict().items()}
+    assert all(torch.equal(x, state["tuned"][name]) for name, x in weights.items())
+    flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)
+    status, _, err = cli(capsys, "extract_latents", *flags, "--out", tmp_path / "set", "--store-images",
+                         "--reconstruct")
+    assert status == 0, err
+    pictures = np.load(tmp_path / "set" / "images.npy")
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+        decoded = ((vae.decode(posterior.mean).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+    mean, std = (state["ema"][f"bn.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
+    assert not torch.equal(mean, state["model"]["bn.running_mean"].view(-1, 1, 1))
+    x, std_x, *_ = Latents(tmp_path / "set").read(np.arange(12))
+    torch.testing.assert_close(x, (posterior.mean - mean) / std.sqrt(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(std_x, posterior.std / std.sqrt(), rtol=2e-3, atol=2e-3)
+    facts = Latents(tmp_path / "set").facts
+    shown = models.decode(vae, x, facts["shift"], facts["scale"])
+    assert (shown - decoded).abs().max() <= 1
+    stored = np.load(tmp_path / "set" / "reconstructions.npy")  # for rFID
+    assert abs(stored - decoded.numpy()).max() <= 1 and (stored == decoded.numpy()).mean() > 0.99
+    rfid = (tmp_path / "set" / "reconstructions.npy", "--ref", tmp_path / "set" / "images.npy",
+            "--detector", ROOT / "tests/data/detector.pt2", "--num-workers", 1)
+    status, out, err = cli(capsys, "fid", *rfid)
+    assert status == 0 and "FID" in out, err
+    again = ("--vae-repa-depth", 0, "--max-steps", 1)  # the second stage
+    fit(capsys, tmp_path / "set", tmp_path / "second", *again)
+
+    _, trained = sample.load_model(tuned_run / "checkpoints" / "0000003.pt")
+    assert trained["data"]["vae"] == str(folder) == facts["vae"]
+    assert (trained["data"]["shift"], trained["data"]["scale"]) == (facts["shift"], facts["scale"])
+
+
+def test_a_tuned_checkpoint_samples(capsys, tuned_run, tmp_path):
+    """By --ckpt alone, also where the run was moved to: as its SiT and VAE do by hand, and the grid of training
+    is the same."""
+    run = shutil.copytree(tuned_run, tmp_path / "moved")
+    for ckpt in ("checkpoints/0000003.pt", "state.pt"):
+        flags = ("--ckpt", run / ckpt, "--num-steps", 5, "--per-class", 1, "--mode", "ode", "--out", run / "a.png")
+        status, _, err = cli(capsys, "sample", *flags)
+        assert status == 0, err
+        state = load(run / "state.pt")
+        model, _ = sample.load_model(run / ckpt)
+        vae = models.load_vae(str(run / "checkpoints/0000003-vae"))
+        noise = sample.randn_like(torch.zeros(3, 4, 8, 8), [sample.rng(0, i, "cpu") for i in range(3)])
+        x = sample.sample_ode(model, noise, torch.arange(3), num_steps=5)
+        z = x * state["ema"]["bn.running_var"].sqrt().view(-1, 1, 1) + state["ema"]["bn.running_mean"].view(-1, 1, 1)
+        with torch.no_grad():
+            pixels = ((vae.decode(z).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).flatten(0, 1)
+        found = np.asarray(sample.Image.open(run / "a.png"))
+        assert abs(found - pixels.numpy()).max() <= 1 and (found == pixels.numpy()).mean() > 0.99
+        (run / "a.png").unlink(), (run / "a.png.json").unlink()
+    grid = ("--ckpt", run / "state.pt", "--num-steps", 50, "--per-class", 4, "--mode", "ode", "--cfg-scale", 4,
+            "--out", run / "b.png")
+    assert cli(capsys, "sample", *grid)[0] == 0
+    a, b = (np.asarray(sample.Image.open(path)) for path in (run / "b.png", run / "samples" / "0000003.png"))
+    assert abs(a.astype(int) - b).max() <= 1
+    shutil.rmtree(run / "checkpoints" / "0000003-vae")
+    status, _, err = cli(capsys, "sample", "--ckpt", run / "checkpoints/0000003.pt")
+    assert status == 2 and "0000003-vae" in message(err)
+
+
+def test_published_checkpoints(tmp_path):
+    """REPA-E's hold its norm beside SiT's weights; their latents are undone by it."""
+    model, mean, var = lively("SiT-S/8", 7, 16), torch.randn(4), torch.rand(4) + 0.5
+    weights = {**model.state_dict(), "projectors.0.0.weight": torch.ones(3), "bn.running_mean": mean,
+               "bn.running_var": var, "bn.num_batches_tracked": torch.tensor(5)}
+    torch.save({"ema": weights, "vae": {}, "args": argparse.Namespace(), "steps": 400000}, tmp_path / "a.pt")
+    loaded, settings = sample.load_model(tmp_path / "a.pt")
+    assert same_tensors(loaded.state_dict(), model.state_dict())
+    assert settings["data"]["vae"] == "REPA-E/e2e-sdvae-hf" and settings["data"]["shift"] == mean.tolist()
+    np.testing.assert_allclose(settings["data"]["scale"], var.numpy() ** -0.5, rtol=1e-6)
+
+
+def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tmp_path):
+    """The same run, to rounding."""
+    repa_e.export(models.Encoder(tiny_encoder(), 32), tmp_path / "a.pt2", 32)
+    encoder, images = models.load_encoder(str(tmp_path / "a.pt2"), None, 32), some_batch(5)["images"]
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = encoder(images)
+    torch.testing.assert_close(tokens, models.Encoder(tiny_encoder(), 32)(images))
+    assert (encoder.side, encoder.dim) == (2, 32) and not tokens.requires_grad and encoder.to("cpu") is encoder
+    fit(capsys, tuning[0], tmp_path / "hub", *common, "--max-steps", 2)
+    fit(capsys, tuning[0], tmp_path / "own", *common, "--max-steps", 2, "--repa-encoder", tmp_path / "a.pt2")
+    for a, b in zip(log(tmp_path / "hub"), log(tmp_path / "own"), strict=True):
+        assert a["repa"] == pytest.approx(b["repa"], rel=1e-4) and a["l1"] == pytest.approx(b["l1"], rel=1e-4)
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, images):
+        return images.float().mean((1, 2, 3)).view(-1, *[1] * len(self.shape)) + torch.zeros(self.shape)
+
+
+@pytest.mark.parametrize("shape, says", [
+    ((9, 5), "3x3 tokens, SiT 2x2"), ((5, 5), "square grid"), ((5,), "square grid"), (None, "a.pt2")])
+def test_encoders_that_do_not_fit(capsys, tuning, common, tmp_path, shape, says):
+    (tmp_path / "a.pt2").write_bytes(b"x")
+    if shape:
+        repa_e.export(Tokens(*shape), tmp_path / "a.pt2", 32)
+    flags = (*common, "--repa-encoder", tmp_path / "a.pt2")
+    assert says in refused(capsys, tuning[0], tmp_path / "run", *flags)
+
+
+def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning, common, tmp_path):
+    """Table 1 and 7: tuned by the diffusion loss, the VAE makes latents that are easy to denoise; by REPA's, it
+    does not."""
+    variances = {}
+    for name, losses, weight in (("repa", train.vae_losses, 1.5), ("naive", repa_e.naive_losses, 1)):
+        monkeypatch.setattr(train, "vae_losses", losses)
+        flags = (*common, "--max-steps", 60, "--vae-align-weight", weight, "--lr", 3e-3, "--gan-weight", 0)
+        _, state = fit(capsys, tuning[0], tmp_path / name, *flags)
+        variances[name] = state["model"]["bn.running_var"].mean().item()
+    assert variances["naive"] < variances["repa"] / 10, variances
+
+
+BAD = [
+    (("--repa-depth", 0), "--repa-depth"), (("--repa-weight", 0), "--repa-depth"),
+    (("--lpips-weights", "a.pth", "b.pth"), "a.pth"), (("--kl-weight", -1), "--kl-weight"),
+    (("--disc-init", "nowhere.pth"), "nowhere.pth"), (("--lpips-weights", "LIN", "VGG"), "--lpips-weights"),
+    (("--disc-init", "VGG"), "vgg.pth"), (("--gan-weight", "nan"), "--gan-weight")]
+
+
+@pytest.mark.parametrize("flags, says", BAD, ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "")
+def test_bad_flags(capsys, tuning, common, tmp_path, flags, says):
+    vgg, lin = tuning[1][2:4]
+    flags = [{"VGG": vgg, "LIN": lin}.get(flag, flag) for flag in flags]
+    assert says in refused(capsys, tuning[0], tmp_path / "run", *common, *flags)
+
+
+def test_what_else_is_refused(capsys, data, tuning, common, hub, tmp_path, tuned_run):  # noqa: F811
+    """No images, another VAE's latents, a VAE without a posterior, a run with the flag resumed without or the
+    reverse."""
+    from diffusers import VQModel  # slow to import
+
+    plain = [flag for flag in common if flag != "--tune-vae"]
+    assert "--vae-from-scratch needs" in refused(capsys, tuning[0], tmp_path / "r", *plain, "--vae-from-scratch")
+    assert "nobody/nothing" in refused(capsys, data, tmp_path / "r", *common)
+    without = shutil.copytree(tuning[0], tmp_path / "without")
+    (without / "images.npy").unlink()
+    assert "--store-images" in refused(capsys, without, tmp_path / "r", *common)
+    repa_e.export(Tokens(4, 5), tmp_path / "a.pt2", 64)
+    vq = tmp_path / "vq"
+    VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(vq)
+    about = json.loads((tuning[0] / "latents.json").read_text())
+    for i, (vae, images, says) in enumerate((
+            (str(vq), None, "vq for 32 pixels"), (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"),
+            (about["vae"], (12, 30, 30, 3), "30"))):
+        other = ("--repa-encoder", tmp_path / "a.pt2") if i == 1 else ()  # that takes any size
+        folder = shutil.copytree(tuning[0], tmp_path / f"set{i}")
+        (folder / "latents.json").write_text(json.dumps({**about, "vae": vae}))
+        if images:
+            np.save(folder / "images.npy", np.zeros(images, np.uint8))
+        assert says in refused(capsys, folder, tmp_path / "r", *common, *other)
+    fit(capsys, tuning[0], tmp_path / "plain", *plain, "--max-steps", 2)
+    assert "tune_vae" in refused(capsys, tuning[0], tmp_path / "plain", *common)
+    assert "tune_vae" in refused(capsys, tuning[0], tuned_run, *plain, "--ema-decay", 0.5)
+
+
+def test_a_loss_of_the_vae_that_is_not_finite(capsys, tuning, common, tmp_path):
+    """Stops training at its step, before a checkpoint holds it."""
+    flags = (*TINY, "--data", tuning[0], "--run-dir", tmp_path / "run", *common, "--lr", "1e30", "--max-steps", 4)
+    status, _, err = cli(capsys, "train", *flags)
+    assert status == 2 and re.search("not finite at step [12]", message(err))
+    assert not list((tmp_path / "run").rglob("*.pt"))
