@@ -182,8 +182,8 @@ class SiT(nn.Module):
     [0, 1], where 1 is noise, and labels y (B,), where num_classes is the null class.
     model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
     clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
-    teacher's (D). Depth 0 builds no head. tune_vae adds `bn`, which REPA-E normalises latents with, before x_t.
-    Raises ValueError for sizes that do not fit together.
+    teacher's (D). Depth 0 builds no head. tune_vae adds `bn`, REPA-E's norm of latents, which train.py applies,
+    for EMA and checkpoints to hold. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -364,7 +364,7 @@ def load_encoder(name, hub, image_size):
                 network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
         return Encoder(network, image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        raise ValueError(f"cannot load encoder {name} (--repa-hub {hub}): {error}") from error
+        raise ValueError(f"cannot load encoder {name}{f' from {hub}' if hub else ''}: {error}") from error
 
 
 def load_vae(name):
@@ -452,12 +452,6 @@ def mean_over_processes(x):
     return x
 
 
-def normalization_config(weights):
-    """What `latent_normalization` reads in a VAE's config, of the `bn` among a SiT's weights."""
-    mean, std = weights["bn.running_mean"].tolist(), weights["bn.running_var"].cpu().sqrt().tolist()
-    return {"latents_mean": mean, "latents_std": std, "shift_factor": None, "scaling_factor": 1.0}
-
-
 class LPIPS(nn.Module):
     """Perceptual distance (B,) of images (B, 3, S, S) in [-1, 1] from others (arXiv 1801.03924, version 0.1).
 
@@ -492,7 +486,7 @@ class LPIPS(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """pix2pix's PatchGAN, with taming-transformers' names: images (B, 3, S, S) -> (B, 1, h, w), real if high."""
+    """pix2pix's PatchGAN, named as taming-transformers': images (B, 3, S, S) -> (B, 1, h, w), real if high."""
 
     def __init__(self):
         super().__init__()

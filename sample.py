@@ -9,7 +9,6 @@ batch size or the number of processes (to rounding). If interrupted, run the sam
 
 import argparse
 import math
-import os
 import shutil
 from datetime import timedelta
 from itertools import pairwise
@@ -23,8 +22,7 @@ from tqdm import tqdm
 from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, fail,
                              first_line, fraction, init_distributed, nonnegative_int, positive_int, run,
                              write_json)
-from models import (HEADS, SIZES, build_model, decode, latent_normalization, load_vae, normalization_config,
-                    to_bf16)
+from models import HEADS, SIZES, build_model, decode, load_vae, to_bf16
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
@@ -129,29 +127,33 @@ def load_model(path):
 
 
 def facts_of(data, weights):
-    """A copy of facts on latents, with the shift and scale of REPA-E's norm, if weights hold that."""
+    """A copy of the facts on latents, with REPA-E's shift and scale if SiT's weights hold its norm, `bn`."""
     if "bn.running_mean" not in weights:
         return {**data}
-    shift, scale = latent_normalization(normalization_config(weights))
-    return {**data, "shift": shift, "scale": scale}
+    mean, std = bn_statistics(weights)
+    return {**data, "shift": mean, "scale": [1 / value for value in std]}
+
+
+def bn_statistics(weights):
+    """(mean, std) of latents by REPA-E's norm, lists of a value per channel."""
+    return weights["bn.running_mean"].tolist(), weights["bn.running_var"].cpu().sqrt().tolist()
 
 
 def tuned_vae(path):
-    """The folder of diffusers with the VAE that was tuned along with a checkpoint."""
+    """The folder of the VAE that was tuned along with a checkpoint, in diffusers' format."""
     return f"{Path(path).resolve().with_suffix('')}-vae"
 
 
-def save_vae(vae, weights, path):
-    """Write the `tuned_vae` of checkpoint `path`; weights: SiT's, with the statistics of its latents."""
-    folder, part = tuned_vae(path), f"{tuned_vae(path)}.tmp"
-    vae.register_to_config(**normalization_config(weights))
-    try:
-        vae.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    except Exception as error:  # safetensors has its own kind
-        shutil.rmtree(part, ignore_errors=True)
-        fail(f"{folder}: cannot be written, is the disk full? ({first_line(error)})")
+def save_vae(path, vae, weights):
+    """Write the `tuned_vae` of checkpoint `path`, with the statistics of its latents; weights: SiT's."""
+    from safetensors.torch import save  # a part of diffusers
+
+    mean, std = bn_statistics(weights)
+    vae.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None, scaling_factor=1.0)
+    with atomic_write(Path(tuned_vae(path), "diffusion_pytorch_model.safetensors")) as file:
+        file.write(save(vae.state_dict(), {"format": "pt"}))
+    with atomic_write(Path(tuned_vae(path), "config.json")) as file:
+        file.write(vae.to_json_string().encode())
 
 
 def published_settings(weights):

@@ -115,13 +115,17 @@ def micro_batches(batch, args):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, of parameters and of buffers, for REPA-E's statistics."""
-    averages, values = ([*module.parameters(), *module.buffers()] for module in (ema, model))
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    """ema <- decay * ema + (1 - decay) * model: parameters, and REPA-E's statistics of latents."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    if hasattr(model, "bn"):
+        torch._foreach_lerp_(list(ema.bn.buffers()), list(model.bn.buffers()), 1 - decay)
 
 
 def vae_losses(tuned, model, encoder, batch, args):
-    """Latents z of REPA-E's VAE, and terms of its loss and its discriminator's, in float32: {name: (B,)}."""
+    """Latents z of REPA-E's VAE, and each image's terms of its loss and its discriminator's: {name: (B,)}.
+
+    tuned: {"vae", "gan", "lpips"}, the latter two if they have weight; model: SiT, not wrapped in DDP.
+    """
     images, t = batch["images"].float() / 127.5 - 1, batch["t"]
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         posterior = tuned["vae"].encode(images).latent_dist
@@ -132,22 +136,22 @@ def vae_losses(tuned, model, encoder, batch, args):
         prediction, target = model.align(x_t, t, batch["labels"], "repa"), encoder(batch["images"])
     decoded = decoded.float()
     losses = {"l1": (decoded - images).abs().mean(dim=(1, 2, 3)), "kl": posterior.kl(),
-              "vae_align": alignment_loss(prediction, target, "cosine")}  # reaches the encoder through SiT
+              "tune_repa": alignment_loss(prediction, target, "cosine")}  # reaches the encoder through SiT
     if "lpips" in tuned:
         losses["lpips"] = tuned["lpips"](decoded, images)
-    if "gan" in tuned:  # with hinge loss
+    if "gan" in tuned:
         losses["gan"] = -tuned["gan"](decoded).mean(dim=(1, 2, 3))
-        real, fake = tuned["gan"](images), tuned["gan"](decoded.detach())
+        real, fake = tuned["gan"](images), tuned["gan"](decoded.detach())  # the discriminator's hinge loss
         losses["discriminator"] = (F.relu(1 - real) + F.relu(1 + fake)).mean(dim=(1, 2, 3)) / 2
     return z, losses
 
 
 def tune_vae(tuned, model, encoder, batch, args):
-    """REPA-E's part of a step: gradients for VAE and discriminator; batch["x"] becomes the VAE's latents.
+    """REPA-E's part of a step: batch["x"] becomes the VAE's latents, normalised over the global batch, and
+    detached, as the diffusion loss would make them collapse; VAE and discriminator get gradients.
 
-    These are detached, as the diffusion loss would make them collapse, and normalised over the global batch.
-    `training_step` then updates all at once. (REPA-E does so one by one, but no gradient sees another's update.)
-    tuned: {"vae", "gan", "lpips"}, those in use; model: SiT, not in DDP. Returns scalars by name.
+    With these, the optimizer in `training_step` updates both along with SiT: the same as REPA-E's three updates
+    in a row, as none of their gradients sees another's update. Returns scalars by name.
     """
     latents, means = [], {}
     for micro in micro_batches(batch, args):
@@ -161,10 +165,8 @@ def tune_vae(tuned, model, encoder, batch, args):
         loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
     for name in [name for name in ("vae", "gan") if name in tuned]:
         weights = list(tuned[name].parameters())
-        if dist.is_initialized():
-            gradients = [p.grad for p in weights]
-            flat = mean_over_processes(torch.nn.utils.parameters_to_vector(gradients))
-            torch.nn.utils.vector_to_parameters(flat, gradients)
+        for p in weights:
+            mean_over_processes(p.grad)
         means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
     batch["x"] = model.bn.update(torch.cat(latents))
     return means
@@ -201,7 +203,7 @@ def make_batch(stored, step, facts, args, local, device):
              "y": torch.where(u_drop[local] < args.label_dropout, facts["num_classes"], y),  # the null class
              "interval_weight": inside[local],
              "t_teacher": (t - args.sra_t_max * u_teacher).clamp(min=0)[local],
-             "eps": eps[local], "labels": y}  # for REPA-E
+             "eps": eps[local], "labels": y}  # REPA-E's: none dropped
     return {**batch, "images": images[0]} if images else batch
 
 
@@ -303,8 +305,8 @@ def parse_args():
     add = parser.add_argument_group("REPA-E").add_argument
     add("--tune-vae", action="store_true", help="train the VAE, too; needs REPA")
     add("--vae-from-scratch", action="store_true", help="from random weights")
-    for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "vae-align": 1.5}.items():
-        add(f"--{term}-weight", type=nonnegative_float, default=weight, help="in the VAE's loss")
+    for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "tune-repa": 1.5}.items():
+        add(f"--{term}-weight", type=nonnegative_float, default=weight, help="of this term of the VAE's loss")
     add("--lpips-weights", nargs=2, metavar="FILE", default=["vgg16-397923af.pth", "vgg.pth"],
         help="torchvision's VGG16, and weights/v0.1/vgg.pth of the lpips project")
     add("--disc-init", metavar="FILE", help="weights of the discriminator (default: random)")
@@ -330,10 +332,9 @@ def parse_args():
 
     size = args.model.split("-")[1].split("/")[0]
     args.vae_repa_depth = ALIGN_DEPTHS[size] if args.vae_repa_depth is None else args.vae_repa_depth
-    for name, value in list(vars(args).items()):
-        depth = name.replace("_weight", "_depth")
-        if depth in args and depth != name and not value:  # weight 0 builds no head either
-            setattr(args, depth, 0)
+    for name in list(vars(args)):
+        if name.endswith("_depth") and not getattr(args, name.replace("_depth", "_weight"), 1):
+            setattr(args, name, 0)  # weight 0 builds no head either
     if args.sra_depth:
         args.sra_teacher_depth = args.sra_teacher_depth or SRA_DEPTHS[size][1]
     low, high = args.vae_repa_interval
@@ -367,7 +368,7 @@ def load_tuned(args, facts):
     """What `tune_vae` needs; raises ValueError."""
     tuned, path, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
     try:
-        vae, images = load_vae(path), torch.zeros(2, 3, size, size)
+        vae, images = load_vae(path), torch.zeros(1, 3, size, size)
         if args.vae_from_scratch:
             vae = type(vae).from_config(vae.config)
         tuned["vae"] = vae.requires_grad_()
@@ -375,13 +376,14 @@ def load_tuned(args, facts):
         if shape != facts["latent_shape"]:
             raise ValueError(f"it makes latents {shape}, those of --data are {facts['latent_shape']}")
         if args.gan_weight:
-            path, tuned["gan"] = args.disc_init or "a PatchGAN", Discriminator()
+            path, tuned["gan"] = "a discriminator", Discriminator()
             tuned["gan"](images)  # are they large enough?
-            if args.disc_init:
-                tuned["gan"].load_state_dict(load_checkpoint(path))
+            if path := args.disc_init:
+                tuned["gan"].load_state_dict(torch.load(path, "cpu", weights_only=True))
         if args.lpips_weight:
-            path = f"--lpips-weights {' '.join(args.lpips_weights)} (--lpips-weight 0 goes without)"
-            tuned["lpips"] = LPIPS(*map(load_checkpoint, args.lpips_weights))
+            vgg, lin = args.lpips_weights
+            path = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
+            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
             tuned["lpips"](images, images)
     except Exception as error:  # hub, config, weights, sizes
         raise ValueError(f"--tune-vae cannot use {path} for {size} pixels: {first_line(error)}") from error
@@ -389,8 +391,8 @@ def load_tuned(args, facts):
 
 
 def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA, `load_tuned`'s, and each or None:
-    the saved state, REPA's encoder, the VAE for grids).
+    """Every check, before the GPU is touched: (latents, settings, model, EMA, `load_tuned`'s, and each or
+    None: the saved state, REPA's encoder, the VAE for grids).
     """
     run_dir, encoder, vae, tuned = Path(args.run_dir), None, None, torch.nn.ModuleDict()
     latents = Latents(args.data, with_images=args.repa_depth > 0)
@@ -411,8 +413,8 @@ def prepare(args):
         if args.tune_vae:
             tuned = load_tuned(args, latents.facts)
             if not args.vae_from_scratch:
-                model.bn.running_mean.copy_(torch.tensor(latents.facts["shift"]))
-                model.bn.running_var.copy_(torch.tensor(latents.facts["scale"]) ** -2)
+                model.bn.running_mean.copy_(torch.from_numpy(latents.shift).flatten())
+                model.bn.running_var.copy_(torch.from_numpy(latents.scale).flatten() ** -2)
     except ValueError as error:
         fail(first_line(error))
     flat = {**settings, **latents.facts, "data": args.data}
@@ -496,15 +498,15 @@ def main():
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
             checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
-            numbered_path, state_path = run_dir / "checkpoints" / f"{done:07d}.pt", run_dir / "state.pt"
-            for path in [numbered_path] * numbered + [state_path] if tuned else []:
-                save_vae(tuned["vae"], ema.state_dict(), path)
+            path = run_dir / "checkpoints" / f"{done:07d}.pt"
+            if numbered and tuned:
+                save_vae(path, tuned["vae"], checkpoint["ema"])
             if numbered:
-                save(numbered_path, checkpoint)
+                save(path, checkpoint)
             checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
             if tuned:
                 checkpoint["tuned"] = tuned.state_dict()
-            save(state_path, checkpoint)
+            save(run_dir / "state.pt", checkpoint)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(ema, vae, facts, args, grid)

@@ -24,9 +24,9 @@ import train  # noqa: E402
 from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
 from train_detector import SIZE, Detector  # noqa: E402
 
-TUNED = ("--tune-vae", "--lpips-weight", 0)
+TUNED = ("--tune-vae", "--lpips-weight", 0, "--gan-weight", 0)
 vae_losses = train.vae_losses
-METHODS = {"fixed VAE": (), "REPA-E": TUNED, "diffusion loss": (*TUNED, "--vae-align-weight", 1)}
+METHODS = {"fixed VAE": (), "REPA-E": TUNED, "diffusion loss": (*TUNED, "--tune-repa-weight", 1)}
 
 
 def naive_losses(tuned, model, encoder, batch, args):
@@ -34,7 +34,7 @@ def naive_losses(tuned, model, encoder, batch, args):
     z, losses = vae_losses(tuned, model, encoder, batch, args)
     x_t, v = train.interpolate(model.bn(z), batch["noise"], batch["t"])
     v_pred = model(x_t, batch["t"], batch["y"])
-    return z, {**losses, "vae_align": (v_pred - v).square().mean(dim=(1, 2, 3))}
+    return z, {**losses, "tune_repa": (v_pred - v).square().mean(dim=(1, 2, 3))}
 
 
 class Encoder(torch.nn.Module):

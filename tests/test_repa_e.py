@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, write_set
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 from test_alignments import DINOV2, flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
 from test_sample import lively
 from test_train import assert_close_run, assert_same_run, contents, fit, load, log, refused, same_tensors
@@ -44,7 +46,7 @@ def tuning(tmp_path_factory, images, vae):
         lin[f"lin{stage}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=g)
     torch.manual_seed(1)
     for name, weights in {"vgg": vgg, "lin": lin, "gan": models.Discriminator().state_dict()}.items():
-        torch.save(weights, folder / f"{name}.pth")
+        torch.save(weights, folder / f"{name}.pth", _use_new_zipfile_serialization=False)  # as in their day
     return folder / "set", ["--tune-vae", "--lpips-weights", folder / "vgg.pth", folder / "lin.pth",
                             "--disc-init", folder / "gan.pth"]
 
@@ -114,7 +116,7 @@ def aligned_model():
 
 
 ARGS = argparse.Namespace(precision="fp32", repa_depth=2, micro_batch=3, grad_clip=1.0, l1_weight=1.0,
-                          lpips_weight=1.0, kl_weight=1e-6, gan_weight=0.1, vae_align_weight=1.5)
+                          lpips_weight=1.0, kl_weight=1e-6, gan_weight=0.1, tune_repa_weight=1.5)
 
 
 def test_losses_in_closed_form():
@@ -137,8 +139,8 @@ def test_losses_in_closed_form():
     assert losses["gan"].tolist() == [-2.0, -0.5, 3.0]
     # (relu(1 - real) + relu(1 + fake)) / 2
     assert losses["discriminator"].tolist() == [(4 + 3) / 2, (0.5 + 1.5) / 2, (0 + 0) / 2]
-    assert set(losses) == {"l1", "kl", "vae_align", "gan", "discriminator"}
-    assert train.loss_weight("vae_align", ARGS) == 1.5 and train.loss_weight("kl", ARGS) == 1e-6
+    assert set(losses) == {"l1", "kl", "tune_repa", "gan", "discriminator"}
+    assert train.loss_weight("tune_repa", ARGS) == 1.5 and train.loss_weight("kl", ARGS) == 1e-6
 
 
 def test_norm_is_batch_norm():
@@ -156,9 +158,9 @@ def test_norm_is_batch_norm():
         (a,), (b,) = (torch.autograd.grad((norm(z) ** 3).sum(), z) for norm in (ours, theirs.eval()))
         torch.testing.assert_close(ours(z), theirs(z))
         torch.testing.assert_close(a, b)
-    config = models.normalization_config({"bn." + name: value for name, value in ours.state_dict().items()})
-    back, scale = models.latent_normalization(config)
-    x = (z.detach() - torch.tensor(back).view(4, 1, 1)) * torch.tensor(scale).view(4, 1, 1)
+    facts = sample.facts_of({}, {"bn." + name: value for name, value in ours.state_dict().items()})
+    shift, scale = (torch.tensor(facts[key]).view(4, 1, 1) for key in ("shift", "scale"))
+    x = (z.detach() - shift) * scale
     torch.testing.assert_close(x[:, [0, 1, 3]], ours(z)[:, [0, 1, 3]], rtol=1e-3, atol=1e-3)  # but for eps
 
 
@@ -186,7 +188,7 @@ def test_where_gradients_go(tuning, vae):
              "decoder": torch.nn.ModuleList([kl.decoder, kl.post_quant_conv])}
     found = {name: reached(loss.sum(), parts) for name, loss in losses.items()}
     both = {"encoder", "decoder"}
-    assert found == {"l1": both, "lpips": both, "kl": {"encoder"}, "vae_align": {"encoder"},
+    assert found == {"l1": both, "lpips": both, "kl": {"encoder"}, "tune_repa": {"encoder"},
                      "gan": both | {"gan"}, "discriminator": {"gan"}}
 
     hinge = losses.pop("discriminator").mean()
@@ -247,8 +249,8 @@ def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
         _, heads = sit((1 - s) * x + s * noise, t, labels[rows], return_align=True)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum((1, 2, 3)).mean()
         line = {"l1": (decoded - picture).abs().mean(), "kl": kl,
-                "vae_align": -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()}
-        total = args.l1_weight * line["l1"] + 1e-6 * kl + 1.5 * line["vae_align"]
+                "tune_repa": -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()}
+        total = args.l1_weight * line["l1"] + 1e-6 * kl + 1.5 * line["tune_repa"]
         if args.lpips_weight:
             line["lpips"] = lpips(decoded, picture).mean()
             total = total + line["lpips"]
@@ -353,7 +355,7 @@ def test_bf16(capsys, tuning, common, tmp_path):
     rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *common, "--max-steps", 2, "--precision", "bf16")
     assert exact != rounded and all(x.dtype in (torch.float32, torch.int64) for x in state["tuned"].values())
     for a, b in zip(rounded, exact, strict=True):
-        for name in ("l1", "kl", "vae_align", "lpips", "gan", "discriminator", "denoising", "repa"):
+        for name in ("l1", "kl", "tune_repa", "lpips", "gan", "discriminator", "denoising", "repa"):
             assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.1), name
     seen, half = [], (torch.randn(3, n, side, side).bfloat16() for n, side in ((8, 8), (3, 32)))
     tuned = {"vae": Plain(*half), "gan": lambda x: seen.append(x.dtype) or x[:, :1],
@@ -370,7 +372,7 @@ def test_it_learns(capsys, tuning, common, tmp_path):
     first, last = ({name: np.mean([line[name] for line in part]) for name in lines[0]}
                    for part in (lines[:5], lines[-5:]))
     assert last["l1"] < 0.8 * first["l1"] and last["repa"] < first["repa"] - 0.1
-    assert last["vae_align"] < first["vae_align"] - 0.1
+    assert last["tune_repa"] < first["tune_repa"] - 0.1
 
 
 @pytest.fixture(scope="module")
@@ -421,25 +423,22 @@ def test_a_tuned_checkpoint_samples(capsys, tuned_run, tmp_path):
     """By --ckpt alone, also where the run was moved to: as its SiT and VAE do by hand, and the grid of training
     is the same."""
     run = shutil.copytree(tuned_run, tmp_path / "moved")
-    for ckpt in ("checkpoints/0000003.pt", "state.pt"):
-        flags = ("--ckpt", run / ckpt, "--num-steps", 5, "--per-class", 1, "--mode", "ode", "--out", run / "a.png")
-        status, _, err = cli(capsys, "sample", *flags)
-        assert status == 0, err
-        state = load(run / "state.pt")
-        model, _ = sample.load_model(run / ckpt)
-        vae = models.load_vae(str(run / "checkpoints/0000003-vae"))
-        noise = sample.randn_like(torch.zeros(3, 4, 8, 8), [sample.rng(0, i, "cpu") for i in range(3)])
-        x = sample.sample_ode(model, noise, torch.arange(3), num_steps=5)
-        z = x * state["ema"]["bn.running_var"].sqrt().view(-1, 1, 1) + state["ema"]["bn.running_mean"].view(-1, 1, 1)
-        with torch.no_grad():
-            pixels = ((vae.decode(z).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).flatten(0, 1)
-        found = np.asarray(sample.Image.open(run / "a.png"))
-        assert abs(found - pixels.numpy()).max() <= 1 and (found == pixels.numpy()).mean() > 0.99
-        (run / "a.png").unlink(), (run / "a.png.json").unlink()
-    grid = ("--ckpt", run / "state.pt", "--num-steps", 50, "--per-class", 4, "--mode", "ode", "--cfg-scale", 4,
+    ckpt, state = run / "checkpoints/0000003.pt", load(run / "state.pt")
+    flags = ("--ckpt", ckpt, "--num-steps", 5, "--per-class", 1, "--mode", "ode", "--out", run / "a.png")
+    status, _, err = cli(capsys, "sample", *flags)
+    assert status == 0, err
+    model, vae = sample.load_model(ckpt)[0], models.load_vae(str(run / "checkpoints/0000003-vae"))
+    noise = sample.randn_like(torch.zeros(3, 4, 8, 8), [sample.rng(0, i, "cpu") for i in range(3)])
+    x = sample.sample_ode(model, noise, torch.arange(3), num_steps=5)
+    mean, var = (state["ema"][f"bn.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
+    with torch.no_grad():
+        pixels = ((vae.decode(x * var.sqrt() + mean).sample + 1) * 127.5).round().clamp(0, 255)
+    pixels, found = pixels.permute(0, 2, 3, 1).flatten(0, 1).numpy(), np.asarray(Image.open(run / "a.png"))
+    assert abs(found - pixels).max() <= 1 and (found == pixels).mean() > 0.99
+    grid = ("--ckpt", ckpt, "--num-steps", 50, "--per-class", 4, "--mode", "ode", "--cfg-scale", 4,
             "--out", run / "b.png")
     assert cli(capsys, "sample", *grid)[0] == 0
-    a, b = (np.asarray(sample.Image.open(path)) for path in (run / "b.png", run / "samples" / "0000003.png"))
+    a, b = (np.asarray(Image.open(path)) for path in (run / "b.png", run / "samples" / "0000003.png"))
     assert abs(a.astype(int) - b).max() <= 1
     shutil.rmtree(run / "checkpoints" / "0000003-vae")
     status, _, err = cli(capsys, "sample", "--ckpt", run / "checkpoints/0000003.pt")
@@ -472,6 +471,40 @@ def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tmp_path):
         assert a["repa"] == pytest.approx(b["repa"], rel=1e-4) and a["l1"] == pytest.approx(b["l1"], rel=1e-4)
 
 
+class Clip(torch.nn.Module):
+    """In the place of transformers' CLIPVisionModel: 14 x 14 pixels to a token, after a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 14, 14)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        torch.manual_seed(len(name))
+        return cls()
+
+    def forward(self, x):
+        tokens = F.pad(self.conv(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))
+        return SimpleNamespace(last_hidden_state=tokens)
+
+
+def test_readmes_encoder(monkeypatch, tmp_path):
+    """README's program is one that --repa-encoder takes: resized, then normalised, without the class token."""
+    code = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(CLIPVisionModel=Clip))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "exported"})
+    encoder = models.load_encoder("clip-l.pt2", None, 256)
+    assert (encoder.side, encoder.dim) == (16, 8)
+    images = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
+    small = F.interpolate(images / 255, (224, 224), mode="bicubic")
+    mean, std = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # CLIP's
+    x = (small - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    clip = Clip.from_pretrained("openai/clip-vit-large-patch14")
+    expected = clip(x).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder(images).float(), expected, rtol=0.05, atol=0.05)
+
+
 class Tokens(torch.nn.Module):
     def __init__(self, *shape):
         super().__init__()
@@ -497,7 +530,7 @@ def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning,
     variances = {}
     for name, losses, weight in (("repa", train.vae_losses, 1.5), ("naive", repa_e.naive_losses, 1)):
         monkeypatch.setattr(train, "vae_losses", losses)
-        flags = (*common, "--max-steps", 60, "--vae-align-weight", weight, "--lr", 3e-3, "--gan-weight", 0)
+        flags = (*common, "--max-steps", 60, "--tune-repa-weight", weight, "--lr", 3e-3, "--gan-weight", 0)
         _, state = fit(capsys, tuning[0], tmp_path / name, *flags)
         variances[name] = state["model"]["bn.running_var"].mean().item()
     assert variances["naive"] < variances["repa"] / 10, variances

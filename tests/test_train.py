@@ -328,7 +328,7 @@ def test_defaults_are_the_papers(monkeypatch):
               "sra_teacher_depth": None, "sra_t_max": 0.2, "ckpt_every": 50_000, "state_every": 10_000,
               "sample_every": 10_000, "log_every": 100, "wandb": None,
               "tune_vae": False, "vae_from_scratch": False, "l1_weight": 1.0, "lpips_weight": 1.0,
-              "kl_weight": 1e-6, "gan_weight": 0.1, "vae_align_weight": 1.5, "disc_init": None,
+              "kl_weight": 1e-6, "gan_weight": 0.1, "tune_repa_weight": 1.5, "disc_init": None,
               "lpips_weights": ["vgg16-397923af.pth", "vgg.pth"],
               "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
               "precision": "fp32", "compile": False}  # of a machine without a GPU
