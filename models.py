@@ -182,8 +182,8 @@ class SiT(nn.Module):
     [0, 1], where 1 is noise, and labels y (B,), where num_classes is the null class.
     model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
     clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
-    teacher's (D). Depth 0 builds no head. tune_vae adds `bn`, REPA-E's norm of latents, which train.py applies,
-    for EMA and checkpoints to hold. Raises ValueError for sizes that do not fit together.
+    teacher's (D). Depth 0 builds no head. tune_vae: hold REPA-E's norm of latents, `bn`, for the EMA and the
+    checkpoints; train.py applies it. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -321,9 +321,9 @@ class ExportedEncoder:
     def __init__(self, path, image_size):
         self.path = path
         shape = self.to("cpu")(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)).shape
-        if len(shape) != 3 or math.isqrt(shape[1]) ** 2 != shape[1]:
+        self.side, self.dim = math.isqrt(shape[1]), shape[-1]
+        if shape != (2, self.side**2, self.dim):
             raise ValueError(f"for 2 images it gives {tuple(shape)}, not tokens (2, N, dim) of a square grid")
-        self.side, self.dim = math.isqrt(shape[1]), shape[2]
 
     def to(self, device):
         self.program = load_program(self.path, device)
@@ -470,12 +470,11 @@ class LPIPS(nn.Module):
 
     def features(self, images):
         """The maps (B, width, h, w) of VGG's five stages, each pixel's vector of length 1."""
-        x, maps = (images - self.shift) / self.scale, []
+        w, x, maps = dict(self.named_buffers()), (images - self.shift) / self.scale, []
         for stage in self.STAGES:
             x = F.max_pool2d(x, 2) if maps else x
             for n in stage:
-                weight, bias = (getattr(self, f"features_{n}_{name}") for name in ("weight", "bias"))
-                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+                x = F.relu(F.conv2d(x, w[f"features_{n}_weight"], w[f"features_{n}_bias"], padding=1))
             maps.append(F.normalize(x, dim=1, eps=1e-10))
         return maps
 
@@ -486,7 +485,7 @@ class LPIPS(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """pix2pix's PatchGAN, named as taming-transformers': images (B, 3, S, S) -> (B, 1, h, w), real if high."""
+    """pix2pix's PatchGAN, named as in taming-transformers: images (B, 3, S, S) -> realness (B, 1, h, w)."""
 
     def __init__(self):
         super().__init__()

@@ -150,7 +150,7 @@ def tune_vae(tuned, model, encoder, batch, args):
     """REPA-E's part of a step: batch["x"] becomes the VAE's latents, normalised over the global batch, and
     detached, as the diffusion loss would make them collapse; VAE and discriminator get gradients.
 
-    With these, the optimizer in `training_step` updates both along with SiT: the same as REPA-E's three updates
+    With these, the optimizer in `training_step` updates both along with SiT. This equals REPA-E's three updates
     in a row, as none of their gradients sees another's update. Returns scalars by name.
     """
     latents, means = [], {}
@@ -498,10 +498,10 @@ def main():
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
             checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
-            path = run_dir / "checkpoints" / f"{done:07d}.pt"
-            if numbered and tuned:
-                save_vae(path, tuned["vae"], checkpoint["ema"])
             if numbered:
+                path = run_dir / "checkpoints" / f"{done:07d}.pt"
+                if tuned:
+                    save_vae(path, tuned["vae"], checkpoint["ema"])
                 save(path, checkpoint)
             checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
             if tuned:

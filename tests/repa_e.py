@@ -1,4 +1,4 @@
-"""REPA-E on the demo's images: what tuning the VAE does to its latents, in a quarter of an hour on 2 CPU cores:
+"""REPA-E on the demo's images: what tuning the VAE does to its latents, on 2 CPU cores in TIME:
 
     python tests/repa_e.py
 
@@ -95,20 +95,20 @@ def parse_args():
 def main():
     args, data, out, rows = parse_args(), Path("runs/demo/2000-images"), Path("runs/repa-e"), []
     call("tests/data/draw_images.py", data / "images", "--count", 2000, "--size", SIZE)
-    call("extract_latents.py", "--images", data / "images", "--out", data / "latents", "--vae", "tests/data/vae",
-         "--image-size", SIZE, "--store-images", "--num-workers", 1)
+    call("extract_latents.py", "--images", data / "images", "--out", data / "latents",
+         "--vae", "tests/data/vae", "--image-size", SIZE, "--store-images", "--num-workers", 1)
     (ROOT / out).mkdir(parents=True, exist_ok=True)
     export(Encoder(), ROOT / out / "encoder.pt2", SIZE)
     for method, flags in METHODS.items():
         folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps"
         script = ("tests/repa_e.py", "naive") if method == "diffusion loss" else ("train.py",)
         call(*script, "--data", data / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", *flags,
-             "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder", out / "encoder.pt2", "--batch-size", 32,
-             "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99, "--log-every", args.steps // 10 or 1,
-             "--sample-every", args.steps)
+             "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder", out / "encoder.pt2",
+             "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
+             "--log-every", args.steps // 10 or 1, "--sample-every", args.steps)
         rows.append([method, *measure(folder, data, args)])
-    figures.print_table(["VAE", "variance", "total variation", "cosine", "denoising loss", "Fréchet distance",
-                         "that of reconstructions"], rows)
+    figures.print_table(["VAE", "variance", "total variation", "cosine", "denoising loss",
+                         "Fréchet distance", "that of reconstructions"], rows)
 
 
 if __name__ == "__main__":
