@@ -150,8 +150,8 @@ def tune_vae(tuned, model, encoder, batch, args):
     """REPA-E's part of a step: batch["x"] becomes the VAE's latents, normalised over the global batch, and
     detached, as the diffusion loss would make them collapse; VAE and discriminator get gradients.
 
-    With these, the optimizer in `training_step` updates both along with SiT. This equals REPA-E's three updates
-    in a row, as none of their gradients sees another's update. Returns scalars by name.
+    With these, the optimizer in `training_step` updates both along with SiT. That equals REPA-E's three
+    updates in a row: none of their gradients sees another's update. Returns scalars by name.
     """
     latents, means = [], {}
     for micro in micro_batches(batch, args):
@@ -372,7 +372,8 @@ def load_tuned(args, facts):
         if args.vae_from_scratch:
             vae = type(vae).from_config(vae.config)
         tuned["vae"] = vae.requires_grad_()
-        shape = list(vae.encode(images).latent_dist.mean.shape[1:])
+        posterior = getattr(vae.encode(images), "latent_dist", None)
+        shape = list(posterior.mean.shape[1:]) if posterior else "without a posterior"
         if shape != facts["latent_shape"]:
             raise ValueError(f"it makes latents {shape}, those of --data are {facts['latent_shape']}")
         if args.gan_weight:

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, proces
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from test_alignments import DINOV2, flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
+from test_alignments import CUDA, flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
 from test_sample import lively
 from test_train import assert_close_run, assert_same_run, contents, fit, load, log, refused, same_tensors
 
@@ -128,7 +128,8 @@ def test_losses_in_closed_form():
     scores = {"real": torch.tensor([-3.0, 0.5, 2.0]), "fake": torch.tensor([-3.0, 0.5, 2.0]).flip(0)}
     tuned = {"vae": Plain(torch.cat([mean, logvar], 1).float(), decoded), "gan": lambda x: scores[
         "fake" if torch.equal(x, decoded) else "real"].view(3, 1, 1, 1).expand(3, 1, 2, 2)}
-    z, losses = train.vae_losses(tuned, aligned_model(), lambda images: torch.ones(3, 4, 32), batch, ARGS)
+    model, tokens = aligned_model(), torch.randn(3, 4, 32)
+    z, losses = train.vae_losses(tuned, model, lambda images: tokens, batch, ARGS)
     logvar = logvar.clamp(-30, 20)
     torch.testing.assert_close(z.double(), mean + (logvar / 2).exp() * batch["eps"], rtol=1e-5, atol=1e-5)
     l1 = (decoded - (batch["images"] / 127.5 - 1)).abs().flatten(1).mean(1)
@@ -139,6 +140,11 @@ def test_losses_in_closed_form():
     assert losses["gan"].tolist() == [-2.0, -0.5, 3.0]
     # (relu(1 - real) + relu(1 + fake)) / 2
     assert losses["discriminator"].tolist() == [(4 + 3) / 2, (0.5 + 1.5) / 2, (0 + 0) / 2]
+    s = batch["t"].view(3, 1, 1, 1)
+    x_t = (1 - s) * z / (1 + 1e-4) ** 0.5 + s * batch["noise"]  # by the norm's first statistics
+    _, heads = model(x_t, batch["t"], batch["labels"], return_align=True)  # and not y, of which some are dropped
+    cosine = F.cosine_similarity(heads["repa"], tokens, dim=2).mean(1)
+    torch.testing.assert_close(losses["tune_repa"], -cosine)
     assert set(losses) == {"l1", "kl", "tune_repa", "gan", "discriminator"}
     assert train.loss_weight("tune_repa", ARGS) == 1.5 and train.loss_weight("kl", ARGS) == 1e-6
 
@@ -369,6 +375,20 @@ def test_bf16(capsys, tuning, common, tmp_path):
     assert {z.dtype, *seen, *(loss.dtype for loss in losses.values())} == {torch.float32}
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, tuning, common, tmp_path):
+    """The losses of eager float32, to bf16's rounding."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    flags = (*common, "--max-steps", 4, "--sample-every", 4)
+    rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *flags, "--precision", "bf16", "--compile")
+    exact, _ = fit(capsys, tuning[0], tmp_path / "fp32", *flags)
+    for a, b in zip(rounded, exact, strict=True):
+        for name in ("l1", "kl", "tune_repa", "lpips", "denoising", "repa"):
+            assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.05), name
+    assert all(x.isfinite().all() for part in ("ema", "tuned") for x in state[part].values())
+
+
 def test_it_learns(capsys, tuning, common, tmp_path):
     """From scratch, reconstructions get closer and SiT's tokens more like the encoder's, at once."""
     flags = (*common, "--vae-from-scratch", "--max-steps", 60, "--lr", 5e-3, "--batch-size", 12)
@@ -571,7 +591,7 @@ def test_what_else_is_refused(capsys, data, tuning, common, hub, tmp_path, tuned
     VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(vq)
     about = json.loads((tuning[0] / "latents.json").read_text())
     for i, (vae, images, says) in enumerate((
-            (str(vq), None, "vq for 32 pixels"), (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"),
+            (str(vq), None, "vq for 32 pixels: it makes latents without a posterior"), (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"),
             (about["vae"], (12, 30, 30, 3), "30"))):
         other = ("--repa-encoder", tmp_path / "a.pt2") if i == 1 else ()  # that takes any size
         folder = shutil.copytree(tuning[0], tmp_path / f"set{i}")
