@@ -142,7 +142,7 @@ def test_losses_in_closed_form():
     assert losses["discriminator"].tolist() == [(4 + 3) / 2, (0.5 + 1.5) / 2, (0 + 0) / 2]
     s = batch["t"].view(3, 1, 1, 1)
     x_t = (1 - s) * z / (1 + 1e-4) ** 0.5 + s * batch["noise"]  # by the norm's first statistics
-    _, heads = model(x_t, batch["t"], batch["labels"], return_align=True)  # and not y, of which some are dropped
+    _, heads = model(x_t, batch["t"], batch["labels"], return_align=True)  # not y, where some are dropped
     cosine = F.cosine_similarity(heads["repa"], tokens, dim=2).mean(1)
     torch.testing.assert_close(losses["tune_repa"], -cosine)
     assert set(losses) == {"l1", "kl", "tune_repa", "gan", "discriminator"}
@@ -336,6 +336,16 @@ def test_resumes_to_the_bit(capsys, tuning, common, vae, tmp_path, flags):
     start = models.load_vae(str(vae)).state_dict()
     moved = max((state["tuned"][f"vae.{name}"] - x).abs().max() for name, x in start.items())
     assert (moved < 0.006) == ("--vae-from-scratch" not in flags) and moved > 1e-3  # 4 steps of 1e-3
+
+
+@pytest.mark.parametrize("flags, mean, var", [((), 0.25, 4), (("--vae-from-scratch",), 0, 1)])
+def test_first_statistics(capsys, tuning, common, tmp_path, flags, mean, var):
+    """Those of the data, or of a unit Gaussian where the VAE has random weights; an EMA of decay 1 keeps them."""
+    _, state = fit(capsys, tuning[0], tmp_path / "run", *common, *flags, "--max-steps", 1, "--ema-decay", 1)
+    assert state["ema"]["bn.running_mean"].tolist() == [mean] * 4
+    assert state["ema"]["bn.running_var"].tolist() == [var] * 4
+    about = json.loads((tuning[0] / "latents.json").read_text())
+    assert (about["shift"], about["scale"]) == (0.25, 0.5)
 
 
 def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
@@ -591,14 +601,18 @@ def test_what_else_is_refused(capsys, data, tuning, common, hub, tmp_path, tuned
     VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(vq)
     about = json.loads((tuning[0] / "latents.json").read_text())
     for i, (vae, images, says) in enumerate((
-            (str(vq), None, "vq for 32 pixels: it makes latents without a posterior"), (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"),
-            (about["vae"], (12, 30, 30, 3), "30"))):
+            (str(vq), None, "vq for 32 pixels: it makes latents without a posterior"),
+            (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"), (about["vae"], (12, 30, 30, 3), "30"))):
         other = ("--repa-encoder", tmp_path / "a.pt2") if i == 1 else ()  # that takes any size
         folder = shutil.copytree(tuning[0], tmp_path / f"set{i}")
         (folder / "latents.json").write_text(json.dumps({**about, "vae": vae}))
         if images:
             np.save(folder / "images.npy", np.zeros(images, np.uint8))
         assert says in refused(capsys, folder, tmp_path / "r", *common, *other)
+    small = write_set(tmp_path / "small", size=4, image_size=16, vae=about["vae"])
+    repa_e.export(Tokens(1, 5), tmp_path / "b.pt2", 16)
+    said = refused(capsys, small, tmp_path / "r", *common, "--repa-encoder", tmp_path / "b.pt2")
+    assert "a discriminator for 16 pixels" in said
     fit(capsys, tuning[0], tmp_path / "plain", *plain, "--max-steps", 2)
     assert "tune_vae" in refused(capsys, tuning[0], tmp_path / "plain", *common)
     assert "tune_vae" in refused(capsys, tuning[0], tuned_run, *plain, "--ema-decay", 0.5)
