@@ -394,7 +394,8 @@ def latent_normalization(config):
     if std and not shift and scale in (None, 1, 0.18215):
         return list(mean or [0.0]), [1 / value for value in std]
     # 0.18215 is Stable Diffusion's, and diffusers writes it into every config that names no other
-    if std or mean or not scale or scale == 0.18215 and config.get("latent_channels") != 4:
+    not_sd = config.get("latent_channels") != 4 or "e2e-" in str(config.get("_name_or_path"))
+    if std or mean or not scale or scale == 0.18215 and not_sd:
         raise ValueError("its config.json must give either latents_mean and latents_std or a scaling_factor")
     return shift or 0.0, scale
 
