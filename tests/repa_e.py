@@ -56,7 +56,8 @@ def export(module, path, size):
     """Write an encoder as a program of torch.export for any number of images."""
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     n = torch.export.Dim("n", min=1, max=2**16)  # torch 2.6 asks for a maximum
-    program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: n},), strict=False)
+    with torch.no_grad():  # else torch 2.6 cannot save modules that say so themselves
+        program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: n},), strict=False)
     torch.export.save(program, path)
 
 

@@ -375,8 +375,8 @@ def test_bf16(capsys, tuning, common, tmp_path):
     rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *flags, "--precision", "bf16")
     assert exact != rounded and all(x.dtype in (torch.float32, torch.int64) for x in state["tuned"].values())
     for a, b in zip(rounded, exact, strict=True):
-        for name in ("l1", "kl", "tune_repa", "lpips", "gan", "discriminator", "denoising", "repa"):
-            assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.1), name
+        for name in ("l1", "kl", "tune_repa", "lpips", "denoising", "repa"):
+            assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.02), name
     seen, half = [], (torch.randn(3, n, side, side).bfloat16() for n, side in ((8, 8), (3, 32)))
     tuned = {"vae": Plain(*half), "gan": lambda x: seen.append(x.dtype) or x[:, :1],
              "lpips": lambda a, b: seen.extend([a.dtype, b.dtype]) or (a - b).mean((1, 2, 3))}
