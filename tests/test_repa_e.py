@@ -90,6 +90,28 @@ def test_lpips(tuning):
     assert black.grad.isfinite().all()
 
 
+def test_discriminator():
+    """pix2pix's PatchGAN, with the names and the first weights of taming-transformers'."""
+    torch.manual_seed(0)
+    gan, images = models.Discriminator(), torch.randn(2, 3, 64, 64)
+    w, x = gan.state_dict(), images
+    for i, stride in ((0, 2), (2, 2), (5, 2), (8, 1), (11, 1)):
+        x = F.conv2d(x, w[f"main.{i}.weight"], w.get(f"main.{i}.bias"), stride, padding=1)
+        if i in (2, 5, 8):
+            mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+            x = (x - mean) / (var + 1e-5).sqrt() * w[f"main.{i + 1}.weight"].view(-1, 1, 1)  # and bias 0
+        x = torch.where(x > 0, x, 0.2 * x) if i < 11 else x
+    torch.testing.assert_close(gan(images), x, rtol=1e-3, atol=1e-4)
+    assert x.shape == (2, 1, 6, 6)
+    assert [w[f"main.{i}.weight"].shape[0] for i in (0, 2, 5, 8)] == [64, 128, 256, 512]
+    assert {name for name in w if name.endswith("bias")} == {f"main.{i}.bias" for i in (0, 3, 6, 9, 11)}
+    for i in (0, 2, 5, 8, 11):
+        assert w[f"main.{i}.weight"].std() == pytest.approx(0.02, rel=0.05)
+    for i in (3, 6, 9):
+        assert w[f"main.{i}.weight"].mean() == pytest.approx(1, abs=0.01) and not w[f"main.{i}.bias"].any()
+        assert w[f"main.{i}.weight"].std() == pytest.approx(0.02, rel=0.2)
+
+
 class Plain(torch.nn.Module):
     """What `vae_losses` needs of a VAE: given parameters of the posterior, and images."""
 
