@@ -22,7 +22,7 @@ import extract_latents
 README = (ROOT / "README.md").read_text()
 TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
 WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
-SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures")
+SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e")
 
 
 def commands():
