@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -332,7 +333,7 @@ class ExportedEncoder:
     @torch.no_grad()
     def __call__(self, images):
         with torch.autocast(images.device.type, enabled=False):  # it runs as exported
-            return self.program(images)
+            return self.program(images.contiguous())
 
 
 def load_program(path, device):
@@ -394,8 +395,8 @@ def latent_normalization(config):
     if std and not shift and scale in (None, 1, 0.18215):
         return list(mean or [0.0]), [1 / value for value in std]
     # 0.18215 is Stable Diffusion's, and diffusers writes it into every config that names no other
-    not_sd = config.get("latent_channels") != 4 or "e2e-" in str(config.get("_name_or_path"))
-    if std or mean or not scale or scale == 0.18215 and not_sd:
+    repa_e = re.search(r"(/|--)e2e-[^/]*(/snapshots/\w+)?$", str(config.get("_name_or_path")))
+    if std or mean or not scale or scale == 0.18215 and (repa_e or config.get("latent_channels") != 4):
         raise ValueError("its config.json must give either latents_mean and latents_std or a scaling_factor")
     return shift or 0.0, scale
 
@@ -517,7 +518,7 @@ SiT_models = {f"SiT-{size}/{p}": partial(SiT, depth=depth, hidden_size=width, nu
 ALIGN_DEPTHS = {"XL": 8, "L": 8, "B": 2, "S": 2, "Ti": 2}
 SRA_DEPTHS = {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8), "Ti": (2, 4)}
 
-# names of weights that only training uses: heads (ours, REPA's, SRA's) and REPA-E's norm
+# names of weights that are not SiT's own: heads (ours, REPA's, SRA's) and REPA-E's norm
 HEADS = ("heads.", "projectors.", "ap_head.", "bn.")
 
 

@@ -145,7 +145,7 @@ def tuned_vae(path):
 
 
 def save_vae(path, vae, weights):
-    """Write the `tuned_vae` of checkpoint `path`, with the statistics of its latents; weights: SiT's."""
+    """Write the `tuned_vae` of checkpoint `path`, with its latents' statistics; weights: the EMA model's."""
     from safetensors.torch import save  # a part of diffusers
 
     mean, std = bn_statistics(weights)

@@ -164,7 +164,7 @@ def tune_vae(tuned, model, encoder, batch, args):
         loss = sum(loss_weight(name, args) * loss for name, loss in losses.items())
         loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
     for name in [name for name in ("vae", "gan") if name in tuned]:
-        weights = list(tuned[name].parameters())
+        weights = [p for p in tuned[name].parameters() if p.grad is not None]
         for p in weights:
             mean_over_processes(p.grad)
         means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
@@ -307,7 +307,7 @@ def parse_args():
     add("--vae-from-scratch", action="store_true", help="from random weights")
     for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "tune-repa": 1.5}.items():
         add(f"--{term}-weight", type=nonnegative_float, default=weight, help="of this term of the VAE's loss")
-    add("--lpips-weights", nargs=2, metavar="FILE", default=["vgg16-397923af.pth", "vgg.pth"],
+    add("--lpips-weights", nargs=2, metavar=("VGG", "LIN"), default=["vgg16-397923af.pth", "vgg.pth"],
         help="torchvision's VGG16, and weights/v0.1/vgg.pth of the lpips project")
     add("--disc-init", metavar="FILE", help="weights of the discriminator (default: random)")
     add = parser.add_argument_group("optimization").add_argument
@@ -341,7 +341,7 @@ def parse_args():
     if low > high:
         fail(f"--vae-repa-interval {low} {high} must have LO <= HI")
     if args.tune_vae and not args.repa_depth or args.vae_from_scratch and not args.tune_vae:
-        fail("--tune-vae needs REPA, by --repa-depth, and --vae-from-scratch needs --tune-vae")
+        fail("--tune-vae needs REPA (--repa-depth, --repa-weight), and --vae-from-scratch needs --tune-vae")
     args.run_dir = args.run_dir or default_run_dir(args, parser)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(args.batch_size // world_size, 1)
@@ -365,29 +365,31 @@ def default_run_dir(args, parser):
 
 @torch.no_grad()
 def load_tuned(args, facts):
-    """What `tune_vae` needs; raises ValueError."""
-    tuned, path, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
+    """The modules {"vae", "gan", "lpips"} for `tune_vae`, tried on a grey image; raises ValueError."""
+    tuned, source, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
     try:
-        vae, images = load_vae(path), torch.zeros(1, 3, size, size)
+        vae, image = load_vae(source), torch.zeros(1, 3, size, size)
         if args.vae_from_scratch:
-            vae = type(vae).from_config(vae.config)
+            vae = type(vae).from_config(vae.config).eval()
         tuned["vae"] = vae.requires_grad_()
-        posterior = getattr(vae.encode(images), "latent_dist", None)
-        shape = list(posterior.mean.shape[1:]) if posterior else "without a posterior"
-        if shape != facts["latent_shape"]:
-            raise ValueError(f"it makes latents {shape}, those of --data are {facts['latent_shape']}")
+        posterior = getattr(vae.encode(image), "latent_dist", None)
+        if not posterior:
+            raise ValueError("it has no Gaussian posterior")
+        if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
+            raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
+        vae.decode(posterior.mean).sample - image  # of one size
         if args.gan_weight:
-            path, tuned["gan"] = "a discriminator", Discriminator()
-            tuned["gan"](images)  # are they large enough?
-            if path := args.disc_init:
-                tuned["gan"].load_state_dict(torch.load(path, "cpu", weights_only=True))
+            source, tuned["gan"] = "a discriminator", Discriminator()
+            tuned["gan"](image)
+            if source := args.disc_init:
+                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
         if args.lpips_weight:
             vgg, lin = args.lpips_weights
-            path = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
+            source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
             tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
-            tuned["lpips"](images, images)
+            tuned["lpips"](image, image)
     except Exception as error:  # hub, config, weights, sizes
-        raise ValueError(f"--tune-vae cannot use {path} for {size} pixels: {first_line(error)}") from error
+        raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
     return tuned
 
 

@@ -3,6 +3,7 @@ against its formula; where gradients go; runs that must be the same run; the tun
 and latents; encoders of torch.export; bad input."""
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -516,6 +517,11 @@ def test_published_checkpoints(tmp_path):
 def test_published_vaes(capsys, images, vae, tmp_path):
     """REPA-E's have statistics per channel; without these in the config, SD's scale is not taken."""
     folder = shutil.copytree(vae, tmp_path / "e2e-sdvae-hf")
+    for name in ("/models--REPA-E--e2e-sdvae-hf/snapshots/0a1b", "REPA-E/e2e-sdvae-hf", "/e2e-runs/sd", None):
+        config = {"scaling_factor": 0.18215, "latent_channels": 4, "_name_or_path": name}
+        known = not name or name.endswith("sd")
+        with contextlib.nullcontext() if known else pytest.raises(ValueError, match="latents_mean"):
+            assert models.latent_normalization(config) == (0, 0.18215)
     config = json.loads((vae / "config.json").read_text())
     config |= {"scaling_factor": 0.18215, "shift_factor": None}
     flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)
@@ -640,8 +646,9 @@ def test_what_else_is_refused(capsys, data, tuning, common, hub, tmp_path, tuned
     VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(vq)
     about = json.loads((tuning[0] / "latents.json").read_text())
     for i, (vae, images, says) in enumerate((
-            (str(vq), None, "vq for 32 pixels: it makes latents without a posterior"),
-            (about["vae"], (12, 64, 64, 3), "[4, 16, 16]"), (about["vae"], (12, 30, 30, 3), "30"))):
+            (str(vq), None, "vq for 32 pixels: it has no Gaussian posterior"),
+            (about["vae"], (12, 64, 64, 3), "for 64 pixels: it makes other latents than [4, 8, 8]"),
+            (about["vae"], (12, 30, 30, 3), "30"))):
         other = ("--repa-encoder", tmp_path / "a.pt2") if i == 1 else ()  # that takes any size
         folder = shutil.copytree(tuning[0], tmp_path / f"set{i}")
         (folder / "latents.json").write_text(json.dumps({**about, "vae": vae}))
