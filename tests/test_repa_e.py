@@ -615,6 +615,17 @@ def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning,
     assert variances["naive"] < variances["repa"] / 10, variances
 
 
+@pytest.mark.slow
+def test_the_comparison():
+    """Its table has README's columns and methods, and a picture."""
+    run = process("tests/repa_e", "--steps", 20)
+    lines, picture = re.findall(r"^\|.*", run.stdout, re.M), ROOT / "runs/repa-e/reconstructions.png"
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert lines[0] in readme and Image.open(picture).size == (640, 4 * 64)
+    for line, method in zip(lines[2:], repa_e.METHODS, strict=True):
+        assert line.startswith(f"| {method} |") and any(row.startswith(f"| {method} |") for row in readme)
+
+
 BAD = [
     (("--repa-depth", 0), "--repa-depth"), (("--repa-weight", 0), "--repa-depth"),
     (("--lpips-weights", "a.pth", "b.pth"), "a.pth"), (("--kl-weight", -1), "--kl-weight"),
