@@ -425,7 +425,7 @@ def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, tuning, common, tmp_path
 
 def test_it_learns(capsys, tuning, common, tmp_path):
     """From scratch, reconstructions get closer and SiT's tokens more like the encoder's, at once."""
-    flags = (*common, "--vae-from-scratch", "--max-steps", 60, "--lr", 5e-3, "--batch-size", 12)
+    flags = (*common, "--vae-from-scratch", "--max-steps", 40, "--lr", 5e-3, "--batch-size", 8)
     lines, _ = fit(capsys, tuning[0], tmp_path / "run", *flags, "--gan-weight", 0)
     first, last = ({name: np.mean([line[name] for line in part]) for name in lines[0]}
                    for part in (lines[:5], lines[-5:]))
@@ -610,7 +610,7 @@ def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning,
     variances = {}
     for name, losses, weight in (("repa", train.vae_losses, 1.5), ("naive", repa_e.naive_losses, 1)):
         monkeypatch.setattr(train, "vae_losses", losses)
-        flags = (*common, "--max-steps", 60, "--tune-repa-weight", weight, "--lr", 3e-3, "--gan-weight", 0)
+        flags = (*common, "--max-steps", 40, "--tune-repa-weight", weight, "--lr", 5e-3, "--gan-weight", 0)
         _, state = fit(capsys, tuning[0], tmp_path / name, *flags)
         variances[name] = state["model"]["bn.running_var"].mean().item()
     assert variances["naive"] < variances["repa"] / 10, variances
