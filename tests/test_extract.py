@@ -156,8 +156,8 @@ def test_the_set_on_disk(whole, pictures, vae):
     about = json.loads((whole / "latents.json").read_text())
     assert about.pop("files_sha256") == hashlib.sha256(os.fsencode("\n".join(NAMES))).hexdigest()
     assert about == {
-        "vae": str(vae), "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25, "scale": 0.5,
-        "num_classes": 3, "class_names": ["class0", "class1", "class2"]}
+        "vae": str(vae), "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25,
+        "scale": 0.5, "num_classes": 3, "class_names": ["class0", "class1", "class2"]}
 
 
 def test_classes_are_sorted(tmp_path):
