@@ -4,9 +4,9 @@
 
 trains SiT with REPA three times with the same seed: with a fixed VAE; with --tune-vae; and with the VAE tuned
 by the diffusion loss in the place of REPA's, which REPA-E warns of (Table 1): its latents collapse. REPA's
-encoder is the classifier of tests/data/detector.pt2, cut before its mean over places; LPIPS is off for want of
-weights, the GAN for want of time. It prints a table and draws reconstructions.png, a row of images and one for
-each VAE, into runs/repa-e. If interrupted, run the same command again.
+encoder is the classifier of tests/data/detector.pt2, cut before its mean over places; LPIPS is off for want
+of weights, the GAN for want of time. It prints a table and draws reconstructions.png, a row of images and one
+for each VAE, into runs/repa-e. If interrupted, run the same command again.
 """
 
 import json
