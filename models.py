@@ -251,20 +251,21 @@ class SiT(nn.Module):
         v = unpatchify(self.final_layer(h, c), self.patch_size, self.in_channels)  # (B, C, H, W)
         return (v, predictions) if return_align else v
 
-    def align(self, x_t, t, y, name):
-        """What head `name` predicts (B, N, dim), alone; later blocks do not run."""
-        h, c = self.embed(x_t, t, y)
-        for block in self.blocks[: self.head_depths[name]]:
-            h = block(h, c)
-        return self.heads[name](h, c)
-
-    @torch.no_grad()
-    def block_output(self, x_t, t, y, depth):
-        """The output (B, N, D) of block `depth`, SRA's target, without gradient; later blocks do not run."""
+    def early_blocks(self, x_t, t, y, depth):
+        """The output (B, N, D) of block `depth`, and c (B, D); later blocks do not run."""
         h, c = self.embed(x_t, t, y)
         for block in self.blocks[:depth]:
             h = block(h, c)
-        return h
+        return h, c
+
+    def align(self, x_t, t, y, name):
+        """What head `name` predicts (B, N, dim), alone."""
+        return self.heads[name](*self.early_blocks(x_t, t, y, self.head_depths[name]))
+
+    @torch.no_grad()
+    def block_output(self, x_t, t, y, depth):
+        """The output (B, N, D) of block `depth`, SRA's target, without gradient."""
+        return self.early_blocks(x_t, t, y, depth)[0]
 
 
 def init_linears(module):

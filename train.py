@@ -163,11 +163,12 @@ def tune_vae(tuned, model, encoder, batch, args):
             losses.pop("discriminator").backward()
         loss = sum(loss_weight(name, args) * loss for name, loss in losses.items())
         loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
-    for name in [name for name in ("vae", "gan") if name in tuned]:
-        weights = [p for p in tuned[name].parameters() if p.grad is not None]
+    for name, module in tuned.items():
+        weights = [p for p in module.parameters() if p.grad is not None]
         for p in weights:
             mean_over_processes(p.grad)
-        means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
+        if weights:  # LPIPS has none
+            means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
     batch["x"] = model.bn.update(torch.cat(latents))
     return means
 

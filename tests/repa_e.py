@@ -10,8 +10,7 @@ for each VAE, into runs/repa-e. If interrupted, run the same command again.
 """
 
 import json
-import shlex
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
-import figures  # noqa: E402  (these are found only now)
-import train  # noqa: E402
-from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
+import train  # noqa: E402  (these are found only now)
+from extract_latents import Latents, Parser, positive_int, run  # noqa: E402
+from figures import call, print_table, total_variation, variance  # noqa: E402
 from sample import save_grid  # noqa: E402
 from train_detector import SIZE, Detector  # noqa: E402
 
@@ -64,29 +63,22 @@ def export(module, path, size):
     torch.export.save(program, path)
 
 
-def call(*command):
-    command = [str(word) for word in command]
-    print(f"$ python {shlex.join(command)}", flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        fail(f"{command[0]} failed")
-
-
 def measure(folder, data, args):
     """Sample, extract and reconstruct with a run's own VAE: a row of the table."""
     checkpoint, fid = folder / "checkpoints" / f"{args.steps:07d}", ("--detector", "tests/data/detector.pt2")
-    vae = f"{checkpoint}-vae" if (ROOT / f"{checkpoint}-vae").exists() else "tests/data/vae"
+    vae = f"{checkpoint}-vae" if Path(f"{checkpoint}-vae").exists() else "tests/data/vae"
     call("extract_latents.py", "--images", data / "images", "--out", folder / "latents", "--vae", vae,
          "--image-size", SIZE, "--reconstruct", "--num-workers", 1)
     call("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500)
     for name, images in (("samples", f"{checkpoint}.npz"), ("rfid", folder / "latents/reconstructions.npy")):
         call("fid.py", images, "--ref", data / "images", *fid, "--json", folder / f"{name}.json")
-    latents = Latents(ROOT / folder / "latents")
+    latents = Latents(folder / "latents")
     z = latents.read(range(latents.facts["count"]))[0] / torch.from_numpy(latents.scale)
-    lines = [json.loads(line) for line in (ROOT / folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = {line["step"]: line for line in lines}[args.steps]
-    generated, rebuilt = (json.loads((ROOT / folder / f"{name}.json").read_text())["FID"]
+    generated, rebuilt = (json.loads((folder / f"{name}.json").read_text())["FID"]
                           for name in ("samples", "rfid"))
-    return [f"{figures.variance(z):.3g}", f"{figures.total_variation(z):.3g}", f"{-last['repa']:.3f}",
+    return [f"{variance(z):.3g}", f"{total_variation(z):.3g}", f"{-last['repa']:.3f}",
             f"{last['denoising']:.3f}", f"{generated:.2f}", f"{rebuilt:.3f}"]
 
 
@@ -98,12 +90,13 @@ def parse_args():
 
 def main():
     args, data, out, rows = parse_args(), Path("runs/demo/2000-images"), Path("runs/repa-e"), []
+    os.chdir(ROOT)
     call("tests/data/draw_images.py", data / "images", "--count", 2000, "--size", SIZE)
     call("extract_latents.py", "--images", data / "images", "--out", data / "latents",
          "--vae", "tests/data/vae", "--image-size", SIZE, "--store-images", "--num-workers", 1)
-    (ROOT / out).mkdir(parents=True, exist_ok=True)
-    export(Encoder(), ROOT / out / "encoder.pt2", SIZE)
-    latents = Latents(ROOT / data / "latents", with_images=True)
+    out.mkdir(parents=True, exist_ok=True)
+    export(Encoder(), out / "encoder.pt2", SIZE)
+    latents = Latents(data / "latents", with_images=True)
     _, shown = np.unique(latents.labels, return_index=True)  # an image of each class
     pictures = [latents.images[shown]]
     for method, flags in METHODS.items():
@@ -114,10 +107,10 @@ def main():
              "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
              "--log-every", args.steps // 10 or 1, "--sample-every", args.steps)
         rows.append([method, *measure(folder, data, args)])
-        pictures.append(np.load(ROOT / folder / "latents/reconstructions.npy", mmap_mode="r")[shown])
-    save_grid(np.concatenate(pictures), len(shown), ROOT / out / "reconstructions.png")
-    figures.print_table(["", "variance", "total variation", "cosine", "denoising loss", "Fréchet distance",
-                         "of reconstructions"], rows)
+        pictures.append(np.load(folder / "latents/reconstructions.npy", mmap_mode="r")[shown])
+    save_grid(np.concatenate(pictures), len(shown), out / "reconstructions.png")
+    print_table(["", "variance", "total variation", "cosine", "denoising loss", "Fréchet distance",
+                 "of reconstructions"], rows)
 
 
 if __name__ == "__main__":
