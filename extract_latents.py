@@ -303,6 +303,8 @@ def run(main):
             dist.destroy_process_group()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
+    except torch.OutOfMemoryError as error:
+        fail(f"{first_line(error)} (lower train.py's --micro-batch, or --batch-size)")
     except RuntimeError as error:
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")

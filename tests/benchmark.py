@@ -2,14 +2,20 @@
 
     train    a training step of plain SiT, VAE-REPA, REPA and SRA, beside the paper's Table 4
     profile  where the time of VAE-REPA's step goes, by kind of kernel
-    memory   the largest --micro-batch of VAE-REPA in 24 and 80 GB, estimated from two
+    memory   the largest --micro-batch in 24, 40 and 80 GB: estimated from two, or on a CPU computed
     sample   sample.py, beside itself in float32, eager, with TF32; hours for 50,000 images
     extract  extract_latents.py; hours for ImageNet
     fid      fid.py; minutes for --count samples and a fifth as many references
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
-turns, ratios medians over pairs; no turn begins that would end after 8 minutes. Weights, latents and images
-are random. sample and extract are timed on some images and on twice as many, and subtracted.
+turns, ratios medians over pairs; no turn begins that would end after 8 minutes, and nothing runs for 10.
+Weights, latents and images are random. sample and extract are timed on some images and on twice as many,
+and subtracted.
+
+"of the products' rate" is how fast the network's matrix products run, beside large ones alone, measured
+here too. "of the limit" is the least time over the time taken: all of a step's products at that rate, and
+then 40 bytes a parameter at the rate of a copy: the gradient is read for its norm; again, with the weight,
+AdamW's two moments and the EMA; and these four are written.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import gc
 import itertools
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -38,7 +45,7 @@ import fid
 import sample
 import train
 from extract_latents import Parser, fail, positive_int, read_ahead, write_json
-from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models, build_model
+from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models, build_model, encode, load_vae
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
 PAPER_ROWS = "external, M", "head, M", ON_8, "GFLOPs", FORWARD  # Table 4, on H100s
@@ -47,6 +54,7 @@ PAPER = {"plain": (0, 0, 8.1, 114.46, 18.05), "VAE-REPA": (0, 18, 7.2, 118.55, 1
 PAPER = {name: dict(zip(PAPER_ROWS, figures)) for name, figures in PAPER.items()}
 DATA = {"vae": "", "shift": 0.0, "scale": 0.18215, "num_classes": 1000, "latent_shape": (4, 32, 32)}
 IMAGE_SIZE, DINOV2 = 256, Path(__file__).resolve().parent / "data" / "dinov2"
+LAST_TURN, LAST = 480, 570  # seconds: no turn begins that would end later; the mode ends
 
 
 def timed(function):
@@ -78,13 +86,17 @@ def paired(numerators, denominators):
     return median(a / b for a, b in zip(numerators, denominators))
 
 
-def product_rate(args):
-    """FLOP/s of large matrix products, the device's own limit; ten of them between synchronisations."""
-    n = 8192 if torch.cuda.is_available() else 512
-    dtype = torch.bfloat16 if args.precision == "bf16" else None
+def device_rates(args, precision):
+    """The device's own limits: FLOP/s of large matrix products, and bytes/s that a large copy reads and
+    writes; ten of each between synchronisations. precision: bf16, tf32 or fp32."""
+    n, count = (8192, 2**28) if torch.cuda.is_available() else (512, 2**22)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, n, n, device=args.device, dtype=dtype)
-    work = {"products": lambda: [a @ b for _ in range(10)]}
-    return 10 * 2 * n**3 / median(take_turns(work, args)["products"])
+    source, target = torch.zeros(2, count, device=args.device)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    seconds = take_turns({"products": lambda: [a @ b for _ in range(10)],
+                          "copies": lambda: [target.copy_(source) for _ in range(10)]}, args)
+    return 10 * 2 * n**3 / median(seconds["products"]), 10 * 2 * source.nbytes / median(seconds["copies"])
 
 
 def command(*words):
@@ -111,7 +123,7 @@ def count_work(args):
     """Millions of parameters, and billions of multiply-adds of an image's forward passes in training.
 
     GFLOPs leave out products inside attention, as the paper's. External, without gradient, are REPA's encoder
-    and SRA's teacher.
+    and SRA's teacher. Operations are of an image's step, forward and backward.
     """
     with torch.device("meta"):
         encoder = random_encoder(args.repa_encoder) if args.repa_depth else None
@@ -125,6 +137,7 @@ def count_work(args):
             parts = model.x_embedder, model.t_embedder, model.y_embedder, *blocks[: args.sra_teacher_depth]
     return {"external, M": sum(p.numel() for part in parts for p in part.parameters()) / 1e6,
             "head, M": sum(p.numel() for p in model.heads.parameters()) / 1e6,
+            "trained, M": sum(p.numel() for p in model.parameters()) / 1e6,
             "GFLOPs": (own[0] + external[0]) / 1e9, "GFLOPs with attention": sum(own + external) / 1e9,
             "operations of a step, G": 2 * (3 * sum(own) + sum(external)) / 1e9}  # backward: twice a forward
 
@@ -140,11 +153,27 @@ def count_macs(function, *inputs, **named):
 
 
 def layer_macs(layer, y):
-    if type(layer).__name__ == "Attention":  # Q K^T and A V; y: (1, N, D)
-        return 0, 2 * y.shape[1] * y.numel()
+    if type(layer).__name__ == "Attention":  # Q K^T and A V; y: (1, N, D), a VAE's: (1, D, H, W)
+        return 0, 2 * (y.shape[1] if y.ndim == 3 else y[0, 0].numel()) * y.numel()
     if isinstance(layer, nn.LayerNorm):  # fvcore's convention
         return y.numel() * (5 if layer.elementwise_affine else 4), 0
     return y.numel() * layer.weight[0].numel() if isinstance(layer, (nn.Linear, nn.Conv2d)) else 0, 0
+
+
+def least_seconds(work, images, rates):
+    """The limit of a step: its products, and then 40 bytes a parameter; work: `count_work`'s."""
+    products, copies = rates
+    return 1e9 * work["operations of a step, G"] * images / products + 40e6 * work["trained, M"] / copies
+
+
+def prepare(method, args, folder, *sizes):
+    """({size: train.py's arguments}, latents, model, EMA model, REPA's encoder or None)."""
+    flags = ("--data", folder, "--run-dir", f"{folder}/{method} {sizes[0]}", "--sample-every", 0,
+             "--micro-batch", args.micro_batch, "--precision", args.precision, "--batch-size")
+    run_args = {n: train_args(method, args, *flags, n) for n in sizes}
+    with mock.patch.object(train, "load_encoder", random_encoder):
+        latents, _, model, ema, _, _, encoder, _ = train.prepare(run_args[sizes[0]])
+    return run_args, latents, model, ema, encoder
 
 
 class Run:
@@ -152,12 +181,8 @@ class Run:
 
     def __init__(self, method, args, folder, *sizes):
         held, started, first = torch.cuda.memory_allocated(), time.perf_counter(), sizes[0]
-        flags = ("--data", folder, "--run-dir", f"{folder}/{method} {first}", "--sample-every", 0,
-                 "--micro-batch", args.micro_batch, "--precision", args.precision, "--batch-size")
-        self.args = {n: train_args(method, args, *flags, n) for n in sizes}
         self.device, self.step = args.device, 0
-        with mock.patch.object(train, "load_encoder", random_encoder):
-            latents, _, self.model, self.ema, _, _, self.encoder, _ = train.prepare(self.args[first])
+        self.args, latents, self.model, self.ema, self.encoder = prepare(method, args, folder, *sizes)
         for module in filter(None, (self.model, self.ema, self.encoder)):
             module.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=0, fused=True)
@@ -206,16 +231,19 @@ def measure_train(args, folder):
     work |= {f"{name} again": partial(r.take_steps, steps[small], small, r.kept) for name, r in runs.items()}
     seconds, columns = take_turns(work, args), {}
     latency = take_turns({name: r.forward_one for name, r in runs.items()}, args)
-    rate = product_rate(args)
+    rates = device_rates(args, args.precision)
     for name, r in runs.items():
         rows = columns[name] = count_work(r.args[small])
         rows |= {FORWARD: 1e3 * median(latency[name]), "start-up, s": r.start_up,
-                 "peak memory, GiB": r.peak_gib, "products, TFLOP/s": rate / 1e12,
+                 "peak memory, GiB": r.peak_gib,
+                 "products, TFLOP/s": rates[0] / 1e12, "copies, TB/s": rates[1] / 1e12,
                  "disk / repeated batch": paired(seconds[f"{name} {small}"], seconds[f"{name} again"])}
         for n in steps:
-            per_s = n * steps[n] / median(seconds[f"{name} {n}"])
-            rows |= {f"{n}: step, ms": 1e3 * n / per_s, f"{n}: images/s": per_s,
-                     f"{n}: of the products' rate": 1e9 * rows["operations of a step, G"] * per_s / rate}
+            step = median(seconds[f"{name} {n}"]) / steps[n]
+            products = 1e9 * rows["operations of a step, G"] * n / rates[0]
+            rows |= {f"{n}: step, ms": 1e3 * step, f"{n}: images/s": n / step,
+                     f"{n}: of the products' rate": products / step,
+                     f"{n}: of the limit": least_seconds(rows, n, rates) / step}
             if "plain" in runs:
                 rows[f"{n}: step / plain's"] = paired(seconds[f"{name} {n}"], seconds[f"plain {n}"])
         rows[ON_8] = rows[f"{small}: images/s"] * 8 / 256
@@ -245,6 +273,8 @@ def kernel_ms(events, cuda):
 
 
 def measure_profile(args, folder):
+    """Beside the time of each kind of kernel the least that kernels of their own could take, where that can
+    be told: products and attention at the products' rate, reads and writes of parameters at a copy's."""
     steps = partial(Run("VAE-REPA", args, folder, args.micro_batch).take_steps, args.steps, args.micro_batch)
     step = 1e3 * median(take_turns({"step": steps}, args)["step"]) / args.steps
     with torch.profiler.profile() as profiler:
@@ -255,20 +285,71 @@ def measure_profile(args, folder):
     for ms, kind, _ in kernels:
         rows[kind] = rows.get(kind, 0) + ms
     args.details["kernels"] = kernels
-    return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()}}
+    work, rates = count_work(train_args("VAE-REPA", args)), device_rates(args, args.precision)
+    product, parameter = 6e12 * args.micro_batch / rates[0], 1e9 * work["trained, M"] / rates[1]  # ms
+    inside = work["GFLOPs with attention"] - work["GFLOPs"]
+    limit = {"a step": 1e3 * least_seconds(work, args.micro_batch, rates),
+             "matrix products": product * work["GFLOPs"], "attention": product * inside,
+             "optimizer": 28 * parameter, "EMA": 12 * parameter, "clipping": 12 * parameter}
+    return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()},
+            "the least, ms": {row: limit.get(row, 0.0) for row in rows}}
 
 
 def measure_memory(args, folder):
+    """Of a forward that finds the gradients of an earlier one; 2 GiB are left for driver and fragments."""
+    columns, bytes_of = {}, peak_bytes if args.device.type == "cuda" else computed_bytes
+    for name in args.methods:
+        torch.compiler.reset()
+        fixed, each = bytes_of(name, args, folder)
+        columns[name] = {"without images, GB": fixed / 1e9, "an image, MB": each / 1e6}
+        for gb in (24, 40, 80):
+            most = int(((gb - 2) * 2**30 - fixed) // each)
+            columns[name][f"largest --micro-batch in {gb} GB"] = max(most, 0)
+    return columns
+
+
+def peak_bytes(method, args, folder):
+    """Bytes (without images, of an image), by the peaks of two sizes of --micro-batch."""
     peaks = []
     for args.micro_batch in (8, 16):
         torch.compiler.reset()
         gc.collect()  # compiled layers are cycles
         torch.cuda.empty_cache()
-        Run("VAE-REPA", args, folder, args.micro_batch)
-        peaks.append(torch.cuda.max_memory_reserved() / 2**30)
+        Run(method, args, folder, 2 * args.micro_batch)
+        peaks.append(torch.cuda.max_memory_reserved())
     each = (peaks[1] - peaks[0]) / 8
-    sizes = {gb: 8 + int((gb - 1 - peaks[0]) // each) for gb in (24, 80)}  # less 1 GiB, the driver's
-    return {f"{gb} GB": {"largest --micro-batch": max(n, 0)} for gb, n in sizes.items()}
+    return peaks[0] - 8 * each, each
+
+
+def computed_bytes(method, args, folder):
+    """Bytes (without images, of an image): weights, gradients, AdamW's two moments, EMA, REPA's encoder; and
+    what a forward saves for its backward. What a backward needs besides is left out.
+    """
+    args.micro_batch = 4
+    run_args, latents, model, ema, encoder = prepare(method, args, folder, 4)
+    if args.compile:  # the compiler's choice of what is saved and what computed again, without its kernels
+        partition = partial(torch.compile, backend="aot_eager_decomp_partition")
+        with mock.patch.object(torch, "compile", partition):
+            train.compile_layers(model, ema, run_args[4])
+    stored, saved = latents.read(range(4)), {}
+    batch = train.make_batch(stored, 0, latents.facts, run_args[4], slice(4), args.device)
+    for n in (2, 4):
+        part = {name: values[:n].clone() for name, values in batch.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            saved[n] = saved_bytes(model, train.training_losses, model, part, run_args[4], ema, encoder)
+    each = (saved[4] - saved[2]) / 2
+    trained, external = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, encoder))
+    return saved[2] - 2 * each + 20 * trained + 4 * external, each
+
+
+def saved_bytes(model, function, *inputs):
+    """Bytes that function(*inputs) saves for its backward pass, the model's own tensors aside."""
+    storages, own = [], [x.untyped_storage().data_ptr() for x in model.state_dict().values()]
+    hooks = (lambda x: storages.append(x.untyped_storage()) or x), (lambda x: x)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        function(*inputs)
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # all are alive
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
 # sample, extract, fid
@@ -312,7 +393,7 @@ def measure_sample(args, folder):
     commands = {"as it is": [(*flags, n) for n in (size, 2 * size)]}
     commands[plain] = [(*command, "--precision", "fp32", "--no-compile") for command in commands["as it is"]]
     seconds = steady_seconds(sample, args, commands)
-    rate, columns = product_rate(args), {}
+    rate, columns = device_rates(args, args.precision)[0], {}
     calls = (1 + (torch.linspace(1, 0.04, args.steps, dtype=torch.float64) <= 0.7)).sum().item()
     flops = 2e9 * count_work(train_args("plain", args))["GFLOPs with attention"] * size * calls
     for name, turns in seconds.items():
@@ -334,18 +415,24 @@ def measure_extract(args, folder):
              args.batch_size, "--num-workers", args.num_workers, "--images")
     commands = {"": [(*flags, images / "half"), (*flags, images)]}
     rate = count / median(steady_seconds(extract_latents, args, commands)[""])
-    return {"": {"images/s": rate, "hours for ImageNet": 1_281_167 / rate / 3600}}
+    vae, image = load_vae(flags[1]).to("meta"), torch.zeros(1, 3, *2 * [args.image_size], device="meta")
+    limit = device_rates(args, "tf32" if torch.backends.cudnn.allow_tf32 else "fp32")[0]  # its convolutions
+    return {"": {"images/s": rate, "hours for ImageNet": 1_281_167 / rate / 3600,
+                 "of the products' rate": 2 * sum(count_macs(encode, vae, image)) * rate / limit}}
 
 
 def measure_fid(args, folder):
-    torch.save(fid.InceptionV3().state_dict(), folder / "weights.pth")
-    random, size = np.random.default_rng(0), args.image_size
+    random, size, network = np.random.default_rng(0), args.image_size, fid.InceptionV3().eval()
+    torch.save(network.state_dict(), folder / "weights.pth")
     for name, n in (("samples", args.count), ("reference", args.count // 5)):
         np.savez(folder / f"{name}.npz", random.integers(0, 256, (n, size, size, 3), np.uint8))
     flags = ("--ref", folder / "reference.npz", "--weights", folder / "weights.pth", "--batch-size",
              args.batch_size, "--num-workers", args.num_workers)
     work = {"": partial(run_script, fid, folder / "samples.npz", *flags)}
-    return {"": {"samples": args.count, "minutes": median(take_turns(work, args, warm_up=False)[""]) / 60}}
+    seconds = median(take_turns(work, args, warm_up=False)[""])
+    macs = sum(count_macs(network, torch.zeros(1, 3, size, size)))
+    limit = 2 * macs * (args.count + args.count // 5) / device_rates(args, "fp32")[0]
+    return {"": {"samples": args.count, "minutes": seconds / 60, "of the products' rate": limit / seconds}}
 
 
 def write_latents(folder):
@@ -366,6 +453,11 @@ def print_table(columns, paper):
         print(f"{row:34}", *(f"{text:>20}" for text in cells))
 
 
+def too_slow(args, number, frame):
+    fail(f"{args.mode} does not end within 10 minutes here: lower --steps, --count or --batch-size, or give "
+         "fewer --methods or a smaller --model")
+
+
 MODES = {"train": measure_train, "profile": measure_profile, "memory": measure_memory,
          "sample": measure_sample, "extract": measure_extract, "fid": measure_fid}
 
@@ -376,9 +468,9 @@ def parse_args():
     add("mode", choices=MODES)
     add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="to run on")
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
-    add("--methods", choices=PAPER, nargs="+", default=list(PAPER), help="of train")
-    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of training")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="of training")
+    add("--methods", choices=PAPER, nargs="+", default=list(PAPER), help="of train and memory")
+    add("--precision", choices=["bf16", "fp32"], help="of training (default: as train.py's)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="of training (default: as train.py's)")
     add("--vae", help="of sample and extract (default: one of SD-VAE's size)")
     add("--json", help="file to write (default: runs/benchmark-MODE-MODEL.json)")
     for name, default, text in (
@@ -392,8 +484,11 @@ def parse_args():
     args.batch_size = args.batch_size or (256 if args.mode == "train" else 64)
     args.steps = args.steps or (250 if args.mode == "sample" else 20)
     args.count = args.count or (50_000 if args.mode == "fid" else 2048)
-    if args.device == "cuda" and not cuda or args.device == "cpu" and args.mode == "memory":
-        fail("the mode memory needs --device cuda, and that a GPU")
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda needs a GPU")
+    as_on_gpus = args.device == "cuda" or args.mode == "memory"
+    args.precision = args.precision or ("bf16" if as_on_gpus else "fp32")
+    args.compile = as_on_gpus if args.compile is None else args.compile
     if "RANK" in os.environ:
         fail("it measures one device: start it without torchrun")
     return args
@@ -404,13 +499,18 @@ def main():
     cuda, made_with = args.device == "cuda", {**vars(args), "date": time.strftime("%Y-%m-%d")}
     hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     made_with |= {"hardware": hardware, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
-    args.device, args.deadline = torch.device(args.device), time.monotonic() + 8 * 60
+    args.device, args.deadline = torch.device(args.device), time.monotonic() + LAST_TURN
     args.details = {"made_with": made_with, "seconds": {}}
     torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # as torch has it, but not in float32
     # the scripts take a GPU where there is one
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: cuda):
-        write_latents(Path(folder))
-        columns = MODES[args.mode](args, Path(folder))
+        signal.signal(signal.SIGALRM, partial(too_slow, args))
+        signal.alarm(LAST)
+        try:
+            write_latents(Path(folder))
+            columns = MODES[args.mode](args, Path(folder))
+        finally:
+            signal.alarm(0)
     print(f"\n{made_with}\n")
     print_table(columns, PAPER if args.mode == "train" and args.model == "SiT-XL/2" else {})
     out = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"

@@ -17,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+CUDA = torch.cuda.is_available()
 import extract_latents  # noqa: E402  (found only now)
 
 TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-every", 1,
@@ -43,12 +44,11 @@ def cli(capsys, script, *args):
     return status, *(capsys.readouterr() if capsys else ("", ""))
 
 
-def process(script, *args, processes=1, check=True, **options):
-    """Run a script as a user does, under torchrun if processes > 1: a subprocess.CompletedProcess."""
+def process(script, *args, processes=0, check=True, **options):
+    """Run a script as a user does, under torchrun if processes are given: a subprocess.CompletedProcess."""
     launch, environment = [sys.executable], {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if processes > 1:
+    if processes:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # a machine may have one GPU alone
     command = [*launch, str(ROOT / f"{script}.py"), *map(str, args)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, **options)
     assert not check or run.returncode == 0, run.stderr[-6000:]
@@ -100,17 +100,28 @@ def on_one_thread():
     torch.set_num_threads(threads)
 
 
-# as `process` starts torch, for comparisons byte by byte
+# as `process` starts torch, for comparisons byte by byte; the quickest for small models
 one_thread = pytest.fixture(on_one_thread)
+all_on_one_thread = pytest.fixture(on_one_thread, scope="module")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def on_the_cpu():
-    """Runs are compared to the bit, which no GPU promises; on one thread, the quickest for small models."""
+    """A GPU has other random numbers and rounds otherwise, and two processes need two of them: tests and
+    what they start see none, except where they ask for `gpu`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        yield from on_one_thread()
+        yield
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets a test see the GPUs; skips it where there are none."""
+    if not CUDA:
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(scope="session")

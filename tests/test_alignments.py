@@ -17,8 +17,8 @@ import models
 import train
 from models import decode, load_vae
 
-CUDA, DINOV2 = torch.cuda.is_available(), ROOT / "tests" / "data" / "dinov2"
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+DINOV2 = ROOT / "tests" / "data" / "dinov2"
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 METHODS = {"vae_repa": ("--vae-repa-depth", 2),
            "repa": ("--repa-depth", 3, "--repa-encoder", "dinov2_vitt14"),
            "sra": ("--sra-depth", 2, "--sra-teacher-depth", 4)}
@@ -179,50 +179,3 @@ def test_other_vaes_end_to_end(capsys, images, tmp_path, kind, channels):
     drawn = ("--ckpt", tmp_path / "run/checkpoints/0000002.pt", "--num-steps", 2, "--per-class", 1)
     status, _, err = cli(capsys, "sample", *drawn)
     assert status == 0 and (tmp_path / "run/checkpoints/0000002.png").exists(), err
-
-
-@pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, data, hub, tmp_path):
-    """All three at once: the losses of eager float32, to bf16's rounding."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    autocast, losses = [], train.training_losses
-    monkeypatch.setattr(train, "training_losses", lambda *inputs: autocast.append(
-        torch.is_autocast_enabled("cuda")) or losses(*inputs))
-    flags = ("--batch-size", 12, "--max-steps", 4, "--lr", 1e-3, *flags_of(METHODS, hub))
-    rounded, state = fit(capsys, data, tmp_path / "bf16", *flags, "--precision", "bf16", "--compile")
-    exact, _ = fit(capsys, data, tmp_path / "fp32", *flags)
-    assert autocast == [True] * 4 + [False] * 4
-    for a, b in zip(rounded, exact, strict=True):
-        for name in ("denoising", *METHODS):
-            assert a[name] == pytest.approx(b[name], rel=0.03, abs=0.01), name
-    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["ema"].values())
-
-
-@pytest.mark.parametrize("flags, says", [
-    (("--repa-depth", 7), "repa depth 7"), (("--sra-depth", 7, "--sra-teacher-depth", 8), "sra depth 7"),
-    (("--sra-depth", 2, "--sra-teacher-depth", 8), "--sra-teacher-depth 8"),
-    (("--sra-depth", 4), "--sra-teacher-depth 4 is not above --sra-depth 4"), (("--sra-t-max", 1.5), "t-max"),
-    (("--sra-weight", -1), "--sra-weight"), (("--repa-weight", "nan"), "--repa-weight"),
-    (("--repa-depth", 2, "--model", "SiT-Ti/2"), "2x2 tokens"),
-    (("--repa-depth", 2, "--repa-hub", "nowhere"), "nowhere"),
-    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitz14"), "dinov2_vitz14"),
-    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitb14"), "dinov2_vitb14_pretrain.pth")])
-def test_bad_flags(capsys, data, hub, tmp_path, flags, says):
-    common = ("--repa-encoder", "dinov2_vitt14", "--repa-hub", hub)
-    assert says in refused(capsys, data, tmp_path / "run", *common, *flags)
-
-
-def test_repa_without_its_images_or_weights(capsys, data, hub, tmp_path):
-    folder, flags = shutil.copytree(data, tmp_path / "set"), flags_of(["repa"], hub)
-    images = np.load(data / "images.npy")
-    (folder / "images.npy").unlink()
-    assert "--store-images" in refused(capsys, folder, tmp_path / "run", *flags)
-    odd = np.zeros((12, 40, 40, 3), np.uint8)
-    for others, says in ((images[:11], "images.npy"), (images.copy("F"), "C order"), (odd, "40 pixels")):
-        np.save(folder / "images.npy", others)
-        assert says in refused(capsys, folder, tmp_path / "run", *flags)
-    shutil.copytree(hub, tmp_path / "hub")
-    weights = tmp_path / "hub" / "dinov2_vitt14_pretrain.pth"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "dinov2_vitt14" in refused(capsys, data, tmp_path / "run", *flags_of(["repa"], tmp_path / "hub"))

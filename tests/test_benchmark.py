@@ -1,12 +1,16 @@
-"""tests/benchmark.py: counts equal the paper's, kernels are told apart, each mode runs, small, on a CPU."""
+"""tests/benchmark.py: counts equal the paper's, kernels are told apart, each mode runs, small, on a CPU, and
+ends in time; memory is what autograd saves."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import benchmark
 import pytest
 import torch
 from conftest import ROOT, cli, message
+
+from models import SiT_models, SiTBlock
 
 SMALL = [*"--device cpu --precision fp32 --no-compile --model SiT-Ti/2 --repeats 1".split(),
          "--vae", ROOT / "tests" / "data" / "vae"]
@@ -50,11 +54,91 @@ def test_turns_alternate_and_end_in_time(monkeypatch):
     assert "".join(seen) == "abbaab" and len(seconds["a"]) == len(seconds["b"]) == 2  # the first warms up
 
 
-def test_memory_is_a_line(monkeypatch):
+def test_it_ends_in_time(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(benchmark, "LAST", 1)
+    flags = (*SMALL, "--micro-batch", 1, "--steps", 10**6, "--json", tmp_path / "b.json")
+    status, _, stderr = cli(capsys, "benchmark", "profile", *flags)
+    assert status == 2 and "profile does not end within 10 minutes" in message(stderr)
+    assert not (tmp_path / "b.json").exists() and benchmark.signal.alarm(0) == 0
+
+
+def test_a_file_for_each_mode_and_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "MODES", dict.fromkeys(benchmark.MODES, lambda *of: {"a": {"b": 1.0}}))
+    for words in ("train", "profile", "train --model SiT-L/2"):
+        assert cli(capsys, "benchmark", *words.split())[0] == 0
+    names = [f"benchmark-{name}.json" for name in ("profile-SiT-XL-2", "train-SiT-L-2", "train-SiT-XL-2")]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+
+
+def test_a_blocks_saved_bytes_by_hand():
+    """Two layer norms' inputs, outputs (4 bytes an element) and statistics, what enters the four products
+    (2, 2, 2, 8), qkv (6), what attention's and the MLP's last give the gates (2, 2), GELU's input (8)."""
+    b, n, d, heads = 3, 16, 32, 4
+    block = SiTBlock(d, heads, mlp_ratio=4.0)
+    h, c = torch.randn(b, n, d, requires_grad=True), torch.randn(b, d, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        saved = benchmark.saved_bytes(block, block, h, c)
+    vectors = 4 * d + 2 * d + 12 * d + 2 * 2 * d  # c, SiLU's output, its product's, 1 + scale twice
+    assert saved == b * (48 * n * d + 4 * 4 * n + 4 * heads * n + vectors) + 2 * 18 * d**2
+
+
+def test_memory_on_paper(capsys, tmp_path):
+    """20 bytes a parameter, and 2 of each weight that autocast rounds; without images nothing else."""
+    flags = ("memory", *SMALL[:2], "--model", "SiT-Ti/2", "--json", tmp_path / "b.json", "--methods")
+    figures = {}
+    for how in ("--compile", "--no-compile"):
+        assert cli(capsys, "benchmark", *flags, "plain", "VAE-REPA", how)[0] == 0
+        figures[how] = json.loads((tmp_path / "b.json").read_text())["figures"]
+    for name, depth in (("plain", 0), ("VAE-REPA", 2)):
+        parameters = dict(SiT_models["SiT-Ti/2"](vae_repa_depth=depth).named_parameters())
+        fixed = 20 * sum(p.numel() for p in parameters.values())
+        needed = {key: p for key, p in parameters.items() if p.ndim > 1 and not key.endswith(
+            ("table.weight", "t_embedder.mlp.0.weight"))}  # nothing before these has a gradient
+        fixed += 2 * sum(p.numel() for p in needed.values())
+        for column in (figures[how][name] for how in figures):
+            assert column["without images, GB"] == pytest.approx(fixed / 1e9)
+            for gb in (24, 40, 80):
+                most = ((gb - 2) * 2**30 - fixed) / (1e6 * column["an image, MB"])
+                assert column[f"largest --micro-batch in {gb} GB"] == int(most)
+        saved, eager = (figures[how][name]["an image, MB"] * 1e6 / (6 * 256 * 128) for how in figures)
+        assert 36 < saved < 45 and 48 < eager < 60  # bytes an element of h: 36 and 48 of the blocks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_memory_is_the_compilers(monkeypatch, capsys, tmp_path):
+    """With Inductor's kernels as with its partition alone."""
+    flags, figures = ("memory", *SMALL[:2], "--model", "SiT-Ti/2", "--json", tmp_path / "b.json"), []
+    real = torch.compile
+    for compiler in (real, lambda *of, backend, **how: real(*of, **how)):
+        monkeypatch.setattr(torch, "compile", compiler)
+        assert cli(capsys, "benchmark", *flags)[0] == 0
+        figures.append(json.loads((tmp_path / "b.json").read_text())["figures"])
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_readme_has_the_memory(capsys, tmp_path):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.count("|") == 5]
+    printed = {row[0].strip().replace("`", ""): [float(cell) for cell in row[1:]] for row in rows
+               if row[0].startswith((" without images", " an image, MB", " largest"))}
+    assert len(printed) == 5
+    for i, size in enumerate("B L XL".split()):
+        flags = ("--device", "cpu", "--model", f"SiT-{size}/2", "--methods", "VAE-REPA", "--json")
+        assert cli(capsys, "benchmark", "memory", *flags, tmp_path / "b.json")[0] == 0
+        figures = json.loads((tmp_path / "b.json").read_text())["figures"]["VAE-REPA"]
+        assert {row: cells[i] for row, cells in printed.items()} == {
+            row: round(figures[row], row.startswith("without")) for row in printed}
+
+
+def test_memory_on_a_gpu_is_a_line(monkeypatch):
     monkeypatch.setattr(benchmark, "Run", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", iter([25 * 2**30, 31 * 2**30]).__next__)
-    figures = benchmark.measure_memory(SimpleNamespace(), None).values()
-    assert [f["largest --micro-batch"] for f in figures] == [5, 80]  # of 23 and 79 GiB
+    args = SimpleNamespace(methods=["plain"], device=torch.device("cuda"))
+    figures = benchmark.measure_memory(args, None)["plain"]
+    assert [figures[f"largest --micro-batch in {gb} GB"] for gb in (24, 40, 80)] == [4, 25, 78]  # 2 GiB less
 
 
 @pytest.mark.parametrize(("flags", "column", "row"), [
@@ -73,15 +157,23 @@ def test_modes(flags, column, row, capsys, tmp_path, monkeypatch, one_thread):
     if flags.startswith("train"):
         f, s = written["figures"]["VAE-REPA"], {name: turns[0] for name, turns in written["seconds"].items()}
         step, products = s["VAE-REPA 1"] / 2, 20 * 512**3 / s["products"]
+        least = 1e9 * f["operations of a step, G"] / products
+        least += 40 * 1e6 * f["trained, M"] / (80 * 2**22 / s["copies"])
         expected = {"1: images/s": 1 / step, "disk / repeated batch": 2 * step / s["VAE-REPA again"],
                     "1: step / plain's": 2 * step / s["plain 1"], benchmark.ON_8: 8 / 256 / step,
                     "2: step, ms": 1e3 * s["VAE-REPA 2"], "products, TFLOP/s": products / 1e12,
-                    "1: of the products' rate": 1e9 * f["operations of a step, G"] / step / products}
+                    "1: of the products' rate": 1e9 * f["operations of a step, G"] / step / products,
+                    "1: of the limit": least / step}
         assert {row: f[row] for row in expected} == pytest.approx(expected)
+    if flags.startswith("profile"):
+        least = written["figures"]["the least, ms"]
+        whole = least["matrix products"] + least["attention"] + 10 / 3 * least["EMA"]
+        assert least["optimizer"] == pytest.approx(7 / 3 * least["EMA"])
+        assert least["a step"] == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    ("train --device cuda", "needs"), ("memory", "needs"), ("fly", "fly"), ("profile --steps 0", "steps"),
+    ("train --device cuda", "needs"), ("fly", "fly"), ("profile --steps 0", "steps"),
     ("train --batch-size 3 --micro-batch 2", "divisible"), ("extract --count 1 --vae nowhere", "nowhere"),
     ("train --modle x", "--modle"), ("train --model SiT-Ti/4 --methods REPA", "16x16")])
 def test_bad_flags(words, says, capsys, monkeypatch):

@@ -29,7 +29,7 @@ import extract_latents
 from extract_latents import Latents, ResumableArrays, center_crop, list_images, load_image, read_ahead
 from models import decode, encode, latent_normalization, load_vae
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")  # sets are compared byte by byte
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
 DEEP = "class1/more/deep/" + (os.fsdecode(b"\xff.png") if sys.platform == "linux" else "a.png")  # no UTF-8
 NAMES = [*(f"class0/{i:02d}.png" for i in (0, 3, 6, 9)), *(f"class1/{i:02d}.png" for i in (1, 4, 7, 10)),
@@ -85,7 +85,7 @@ def pictures(tmp_path_factory, images):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pictures, vae, on_the_cpu):
+def whole(tmp_path_factory, pictures, vae, all_on_one_thread):
     """The set of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "latents"
     extract(None, flags(f"{pictures}/", vae, out))
@@ -240,7 +240,7 @@ def test_vae_of_the_hub_without_a_network(capsys, pictures, vae, whole, tmp_path
     with socket.socket() as closed:  # a port that answers no one, also where there is a network
         closed.bind(("127.0.0.1", 0))
         own |= {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "NO_PROXY": "127.0.0.1",
-                "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+                "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True)
     assert run.returncode == 2 and time.time() - float(run.stdout.split()[-1]) < 10
     assert message(run.stderr).endswith(": there is no such folder, and the hub was not reached")
@@ -361,7 +361,7 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
     (root / NAMES[5]).unlink()
     os.mkfifo(root / NAMES[5])  # whoever reads this image waits for ever
     command = [sys.executable, ROOT / "extract_latents.py", *flags(root, vae, out)]
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, env=own) as running:
         try:
             deadline, done = time.time() + 120, partial(out) / "done.npy"

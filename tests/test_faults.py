@@ -33,7 +33,7 @@ from torch.distributed.run import get_args_parser
 import extract_latents
 import train
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 STATE_EVERY, NAN_STEP = 3, 30
 FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--state-every", STATE_EVERY)
 

@@ -22,7 +22,7 @@ from models import SiT_models, decode, load_encoder, load_vae
 from sample import load_model, rng
 
 DETECTOR = ROOT / "tests" / "data" / "detector.pt2"
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 
 
 class Figure:

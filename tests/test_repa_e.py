@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, proces
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from test_alignments import CUDA, flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
+from test_alignments import flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
 
@@ -28,7 +28,7 @@ import sample
 import train
 from extract_latents import Latents
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # of VGG16 in torchvision
 
 
@@ -407,20 +407,6 @@ def test_bf16(capsys, tuning, common, tmp_path):
     args = argparse.Namespace(**{**vars(ARGS), "precision": "bf16"})
     z, losses = train.vae_losses(tuned, aligned_model(), lambda _: torch.ones(3, 4, 32), some_batch(), args)
     assert {z.dtype, *seen, *(loss.dtype for loss in losses.values())} == {torch.float32}
-
-
-@pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_bf16_and_compile_on_a_gpu(capsys, monkeypatch, tuning, common, tmp_path):
-    """The losses of eager float32, to bf16's rounding."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    flags = (*common, "--max-steps", 4, "--sample-every", 4)
-    rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *flags, "--precision", "bf16", "--compile")
-    exact, _ = fit(capsys, tuning[0], tmp_path / "fp32", *flags)
-    for a, b in zip(rounded, exact, strict=True):
-        for name in ("l1", "kl", "tune_repa", "lpips", "denoising", "repa"):
-            assert a[name] == pytest.approx(b[name], rel=0.05, abs=0.05), name
-    assert all(x.isfinite().all() for part in ("ema", "tuned") for x in state[part].values())
 
 
 def test_it_learns(capsys, tuning, common, tmp_path):

@@ -269,7 +269,7 @@ def test_default_outputs_and_records(capsys, run, tiny, vae, tmp_path):
     ckpt, classes = shutil.copy(tiny, tmp_path / "run.pt"), [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
     record = {"ckpt": str(ckpt), "step": 7, "vae": str(vae), "seed": 0, "classes": classes, "per_class": 8,
               "num_samples": None, "class_balanced": False, "mode": "sde", "num_steps": 4, "cfg_scale": 1.0,
-              "guidance_interval": [0, 1], "precision": "bf16" if torch.cuda.is_available() else "fp32"}
+              "guidance_interval": [0, 1], "precision": "fp32"}
     for name, flags in (("run.png", {}), ("run.npz", {"classes": None, "num_samples": 1})):
         args = ("--num-samples", 1) if flags else ()
         assert cli(capsys, "sample", "--ckpt", ckpt, "--num-steps", 4, *args)[0] == 0

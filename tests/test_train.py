@@ -9,18 +9,20 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, Killed, cli, drawn_numbers, drawn_rows, message, write_set
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import sample
 import train
 from models import SiT_models, load_vae, patchify
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 
 
 def fit(capsys, data, run, *flags):
@@ -319,6 +321,24 @@ def test_compiled_training_is_the_same_run(capsys, whole, data, tmp_path):
     assert list(state["model"]) == list(load(whole / "state.pt")["model"])  # no compiler's prefixes
 
 
+def test_layers_compile_whole_under_ddp(monkeypatch):
+    """One graph for all blocks, one for the head, one for the final layer, however DDP cuts its buckets."""
+    store, counter, real = torch.distributed.HashStore(), CompileCounter(), torch.nn.Module.compile
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: real(layer, backend=counter, **how))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # as torch has it
+    model = SiT_models["SiT-S/2"](input_size=8, vae_repa_depth=2)  # a block has more than DDP's first MiB
+    args = SimpleNamespace(sra_depth=0)
+    try:
+        torch.compiler.reset()
+        train.compile_layers(model, model, args)
+        wrapped, zeros = torch.nn.parallel.DistributedDataParallel(model), torch.zeros(2)
+        wrapped(torch.randn(2, 4, 8, 8), zeros, zeros.long(), return_align=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counter.frame_count == 3
+
+
 def test_defaults_are_the_papers(monkeypatch):
     recipe = {"model": "SiT-XL/2", "lr": 1e-4, "batch_size": 256, "micro_batch": 256, "max_steps": 400_000,
               "grad_clip": 1, "ema_decay": 0.9999, "label_dropout": 0.1, "seed": 0, "data": "data/latents",
@@ -335,6 +355,13 @@ def test_defaults_are_the_papers(monkeypatch):
     assert vars(parsed(monkeypatch)) == recipe
     depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
     assert [(args.vae_repa_depth, args.sra_teacher_depth) for args in depths] == [(2, 8), (8, 16), (8, 20)]
+
+
+def test_too_little_memory(capsys, monkeypatch, data, tmp_path):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(train, "training_step", Mock(side_effect=error))
+    status, _, stderr = cli(capsys, "train", *TINY, "--data", data, "--run-dir", tmp_path / "run")
+    assert status == 2 and "2.00 GiB" in message(stderr) and "--micro-batch" in message(stderr)
 
 
 CHANGES = [

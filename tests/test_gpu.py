@@ -1,0 +1,98 @@
+"""On a GPU, else skipped: training, resumed, under torchrun with NCCL, compiled and in bf16, is the run of
+eager float32 to rounding; extraction and samples too; and the benchmark runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, cli, process
+from test_alignments import METHODS, flags_of, hub  # noqa: F401  (a fixture)
+from test_repa_e import common, tuning  # noqa: F401
+from test_sample import tiny  # noqa: F401
+from test_train import assert_close_run, fit, load, log
+
+import train
+
+pytestmark = pytest.mark.usefixtures("gpu")
+ROUNDED = ("--precision", "bf16", "--compile")
+
+
+def test_resume_under_torchrun(data, tmp_path):
+    """Data, noise, dropout and weights, in float32; by default it is bf16, compiled."""
+    flags = (*TINY, "--data", data, "--lr", 1e-3, "--max-steps")
+    for run, steps, more in (("whole", 6, ()), ("halves", 3, ()), ("halves", 6, ()), ("rounded", 6, ROUNDED)):
+        process("train", *flags, steps, "--run-dir", tmp_path / run, *more, processes=1)
+    assert_close_run(tmp_path / "whole", tmp_path / "halves", 6)
+    for a, b in zip(log(tmp_path / "rounded"), log(tmp_path / "whole"), strict=True):
+        assert a["denoising"] == pytest.approx(b["denoising"], rel=0.03)
+        assert a["memory_gib"] > 0
+
+
+def test_compiled_is_eager(capsys, data, hub, tmp_path):  # noqa: F811
+    """All three methods' losses and gradients, in float32."""
+    flags = ("--batch-size", 8, "--max-steps", 3, "--lr", 1e-3, *flags_of(METHODS, hub))
+    fit(capsys, data, tmp_path / "compiled", *flags, "--compile")
+    fit(capsys, data, tmp_path / "eager", *flags)
+    assert_close_run(tmp_path / "compiled", tmp_path / "eager", 3)
+
+
+def test_bf16(capsys, monkeypatch, data, hub, tmp_path):  # noqa: F811
+    """All three methods' losses; weights stay float32."""
+    autocast, losses = [], train.training_losses
+    monkeypatch.setattr(train, "training_losses", lambda *inputs: autocast.append(
+        torch.is_autocast_enabled("cuda")) or losses(*inputs))
+    flags = ("--batch-size", 12, "--max-steps", 4, "--lr", 1e-3, *flags_of(METHODS, hub))
+    rounded, state = fit(capsys, data, tmp_path / "bf16", *flags, *ROUNDED)
+    exact, _ = fit(capsys, data, tmp_path / "fp32", *flags)
+    assert autocast == [True] * 4 + [False] * 4
+    assert_rounded(rounded, exact, ("denoising", *METHODS), 0.03, 0.01)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["ema"].values())
+
+
+def assert_rounded(rounded, exact, names, rel, absolute):
+    for a, b in zip(rounded, exact, strict=True):
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=absolute), name
+
+
+def test_a_tuned_vae(capsys, tuning, common, tmp_path):  # noqa: F811
+    flags = (*common, "--max-steps", 4, "--sample-every", 4)
+    rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *flags, *ROUNDED)
+    exact, _ = fit(capsys, tuning[0], tmp_path / "fp32", *flags)
+    assert_rounded(rounded, exact, ("l1", "kl", "tune_repa", "lpips", "denoising", "repa"), 0.05, 0.05)
+    assert all(x.isfinite().all() for part in ("ema", "tuned") for x in state[part].values())
+
+
+def test_samples(capsys, tiny, tmp_path):  # noqa: F811
+    """Compiled: the images of eager float32; bf16 differs by less than three grey levels."""
+    flags = ("--ckpt", tiny, "--num-samples", 5, "--batch-size", 3, "--num-steps", 4, "--cfg-scale", 2,
+             "--guidance-interval", 0, 0.5)
+    images = []
+    for more in (("fp32", "--no-compile"), ("fp32", "--compile"), ("bf16", "--compile")):
+        out = tmp_path / f"{len(images)}.npz"
+        status, _, err = cli(capsys, "sample", *flags, "--out", out, "--precision", *more)
+        assert status == 0, err
+        with np.load(out) as file:
+            images.append(file["arr_0"].astype(int))
+    assert images[0].std() > 5
+    assert np.abs(images[1] - images[0]).mean() < 0.05 and np.abs(images[2] - images[0]).mean() < 3
+
+
+def test_extraction(capsys, images, vae, latents, tmp_path):
+    """The moments of the CPU, to TF32's rounding."""
+    flags = ("--images", images, "--vae", vae, "--image-size", 32, "--out", tmp_path / "latents")
+    status, _, err = cli(capsys, "extract_latents", *flags)
+    assert status == 0, err
+    ours, expected = (np.load(folder / "moments.npy").astype(float)
+                      for folder in (tmp_path / "latents", latents))
+    assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mode", ["train --batch-size 8 --steps 2", "profile --steps 2", "memory"])
+def test_benchmark(capsys, mode, tmp_path):
+    flags = "--model SiT-Ti/2 --methods plain VAE-REPA --micro-batch 4 --repeats 1".split()
+    status, _, err = cli(capsys, "benchmark", *mode.split(), *flags, "--json", tmp_path / "b.json")
+    assert status == 0, err
+    for column in json.loads((tmp_path / "b.json").read_text())["figures"].values():
+        assert all(np.isfinite(value) and value >= 0 for value in column.values())
