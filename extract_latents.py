@@ -304,7 +304,7 @@ def run(main):
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except torch.OutOfMemoryError as error:
-        fail(f"{first_line(error)} (lower train.py's --micro-batch, or --batch-size)")
+        fail(f"{first_line(error)} (lower --batch-size, or in training --micro-batch)")
     except RuntimeError as error:
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")

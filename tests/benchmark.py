@@ -8,14 +8,14 @@
     fid      fid.py; minutes for --count samples and a fifth as many references
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
-turns, ratios medians over pairs; no turn begins that would end after 8 minutes, and nothing runs for 10.
-Weights, latents and images are random. sample and extract are timed on some images and on twice as many,
-and subtracted.
+turns, ratios medians over pairs; no turn begins that would end after 8 minutes, and a mode that has no
+figures after 9.5 minutes ends without. Weights, latents and images are random. sample and extract are timed
+on some images and on twice as many, and subtracted.
 
-"of the products' rate" is how fast the network's matrix products run, beside large ones alone, measured
-here too. "of the limit" is the least time over the time taken: all of a step's products at that rate, and
-then 40 bytes a parameter at the rate of a copy: the gradient is read for its norm; again, with the weight,
-AdamW's two moments and the EMA; and these four are written.
+"of the products' rate" is the time that the network's matrix products would take at the rate of large ones
+(8192 x 8192, ten in a row, timed in the same run), over all the time taken. "of the limit" adds to the
+former the optimizer's least: 40 bytes a parameter at the rate of a large copy. It reads the gradient for its
+norm; again, with the weight, AdamW's two moments and the EMA; and writes these four.
 """
 
 import argparse
@@ -37,6 +37,8 @@ import torch
 from PIL import Image
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -153,17 +155,17 @@ def count_macs(function, *inputs, **named):
 
 
 def layer_macs(layer, y):
-    if type(layer).__name__ == "Attention":  # Q K^T and A V; y: (1, N, D), a VAE's: (1, D, H, W)
-        return 0, 2 * (y.shape[1] if y.ndim == 3 else y[0, 0].numel()) * y.numel()
+    if type(layer).__name__ == "Attention":  # Q K^T and A V; y: (1, N, D)
+        return 0, 2 * y.shape[1] * y.numel()
     if isinstance(layer, nn.LayerNorm):  # fvcore's convention
         return y.numel() * (5 if layer.elementwise_affine else 4), 0
     return y.numel() * layer.weight[0].numel() if isinstance(layer, (nn.Linear, nn.Conv2d)) else 0, 0
 
 
 def least_seconds(work, images, rates):
-    """The limit of a step: its products, and then 40 bytes a parameter; work: `count_work`'s."""
+    """The limit of a step: (its products' time, its optimizer's); work: `count_work`'s."""
     products, copies = rates
-    return 1e9 * work["operations of a step, G"] * images / products + 40e6 * work["trained, M"] / copies
+    return 1e9 * work["operations of a step, G"] * images / products, 40e6 * work["trained, M"] / copies
 
 
 def prepare(method, args, folder, *sizes):
@@ -237,13 +239,13 @@ def measure_train(args, folder):
         rows |= {FORWARD: 1e3 * median(latency[name]), "start-up, s": r.start_up,
                  "peak memory, GiB": r.peak_gib,
                  "products, TFLOP/s": rates[0] / 1e12, "copies, TB/s": rates[1] / 1e12,
-                 "disk / repeated batch": paired(seconds[f"{name} {small}"], seconds[f"{name} again"])}
+                 "reading / repeated batch": paired(seconds[f"{name} {small}"], seconds[f"{name} again"])}
         for n in steps:
             step = median(seconds[f"{name} {n}"]) / steps[n]
-            products = 1e9 * rows["operations of a step, G"] * n / rates[0]
+            products, optimizer = least_seconds(rows, n, rates)
             rows |= {f"{n}: step, ms": 1e3 * step, f"{n}: images/s": n / step,
                      f"{n}: of the products' rate": products / step,
-                     f"{n}: of the limit": least_seconds(rows, n, rates) / step}
+                     f"{n}: of the limit": (products + optimizer) / step}
             if "plain" in runs:
                 rows[f"{n}: step / plain's"] = paired(seconds[f"{name} {n}"], seconds[f"plain {n}"])
         rows[ON_8] = rows[f"{small}: images/s"] * 8 / 256
@@ -273,8 +275,9 @@ def kernel_ms(events, cuda):
 
 
 def measure_profile(args, folder):
-    """Beside the time of each kind of kernel the least that kernels of their own could take, where that can
-    be told: products and attention at the products' rate, reads and writes of parameters at a copy's."""
+    """Beside the time of each kind of kernel stands the least that it could take, where that can be told: for
+    products and attention at the products' rate, for what reads and writes parameters at a copy's. As kernels
+    of their own, optimizer, EMA and clipping move 52 bytes a parameter instead of 40."""
     steps = partial(Run("VAE-REPA", args, folder, args.micro_batch).take_steps, args.steps, args.micro_batch)
     step = 1e3 * median(take_turns({"step": steps}, args)["step"]) / args.steps
     with torch.profiler.profile() as profiler:
@@ -288,7 +291,7 @@ def measure_profile(args, folder):
     work, rates = count_work(train_args("VAE-REPA", args)), device_rates(args, args.precision)
     product, parameter = 6e12 * args.micro_batch / rates[0], 1e9 * work["trained, M"] / rates[1]  # ms
     inside = work["GFLOPs with attention"] - work["GFLOPs"]
-    limit = {"a step": 1e3 * least_seconds(work, args.micro_batch, rates),
+    limit = {"a step": 1e3 * sum(least_seconds(work, args.micro_batch, rates)),
              "matrix products": product * work["GFLOPs"], "attention": product * inside,
              "optimizer": 28 * parameter, "EMA": 12 * parameter, "clipping": 12 * parameter}
     return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()},
@@ -296,14 +299,15 @@ def measure_profile(args, folder):
 
 
 def measure_memory(args, folder):
-    """Of a forward that finds the gradients of an earlier one; 2 GiB are left for driver and fragments."""
+    """The peak of a step of several forwards: from the second on there are gradients. A tenth of the GPU's
+    GiB is left to its driver, to fragments, and to what a backward needs for a moment."""
     columns, bytes_of = {}, peak_bytes if args.device.type == "cuda" else computed_bytes
     for name in args.methods:
         torch.compiler.reset()
         fixed, each = bytes_of(name, args, folder)
         columns[name] = {"without images, GB": fixed / 1e9, "an image, MB": each / 1e6}
         for gb in (24, 40, 80):
-            most = int(((gb - 2) * 2**30 - fixed) // each)
+            most = int((0.9 * gb * 2**30 - fixed) // each)
             columns[name][f"largest --micro-batch in {gb} GB"] = max(most, 0)
     return columns
 
@@ -311,19 +315,16 @@ def measure_memory(args, folder):
 def peak_bytes(method, args, folder):
     """Bytes (without images, of an image), by the peaks of two sizes of --micro-batch."""
     peaks = []
-    for args.micro_batch in (8, 16):
-        torch.compiler.reset()
+    for args.micro_batch in (8, 24):
         gc.collect()  # compiled layers are cycles
-        torch.cuda.empty_cache()
-        Run(method, args, folder, 2 * args.micro_batch)
-        peaks.append(torch.cuda.max_memory_reserved())
-    each = (peaks[1] - peaks[0]) / 8
+        peaks.append(2**30 * Run(method, args, folder, 2 * args.micro_batch).peak_gib)
+    each = (peaks[1] - peaks[0]) / 16
     return peaks[0] - 8 * each, each
 
 
 def computed_bytes(method, args, folder):
     """Bytes (without images, of an image): weights, gradients, AdamW's two moments, EMA, REPA's encoder; and
-    what a forward saves for its backward. What a backward needs besides is left out.
+    what a forward saves for its backward.
     """
     args.micro_batch = 4
     run_args, latents, model, ema, encoder = prepare(method, args, folder, 4)
@@ -355,8 +356,16 @@ def saved_bytes(model, function, *inputs):
 # sample, extract, fid
 
 
+def operations(function, *inputs):
+    """Floating-point operations of the products in function(*inputs), those inside attention too."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        function(*inputs)
+    return counter.get_total_flops()
+
+
 def run_script(script, *flags):
-    """Run a command and throw away what it writes."""
+    """Run a command and throw away what it writes; in float32, with TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = "fp32" in flags
     with tempfile.TemporaryDirectory() as out:
         with command(script.__name__, *flags, "--json" if script is fid else "--out", f"{out}/out.npz"):
             script.main()
@@ -389,7 +398,6 @@ def measure_sample(args, folder):
     torch.save({"ema": build_model(settings).state_dict(), "settings": settings}, folder / "model.pt")
     flags = ("--ckpt", folder / "model.pt", "--batch-size", size, "--num-steps", args.steps,
              "--cfg-scale", 1.8, "--guidance-interval", 0, 0.7, "--num-samples")  # REPA's guidance
-    torch.backends.cuda.matmul.allow_tf32 = True  # of the float32 one
     commands = {"as it is": [(*flags, n) for n in (size, 2 * size)]}
     commands[plain] = [(*command, "--precision", "fp32", "--no-compile") for command in commands["as it is"]]
     seconds = steady_seconds(sample, args, commands)
@@ -398,7 +406,8 @@ def measure_sample(args, folder):
     flops = 2e9 * count_work(train_args("plain", args))["GFLOPs with attention"] * size * calls
     for name, turns in seconds.items():
         batch = median(turns)
-        columns[name] = {f"{size} images, s": batch, "hours for 50,000 images": 50_000 / size * batch / 3600,
+        hours = 50_000 / size * batch * 250 / args.steps / 3600
+        columns[name] = {f"{size} images, s": batch, "hours for 50,000 images, 250 steps": hours,
                          "times as fast": paired(seconds[plain], turns),
                          "of the products' rate": flops / batch / rate}
     return columns
@@ -418,7 +427,7 @@ def measure_extract(args, folder):
     vae, image = load_vae(flags[1]).to("meta"), torch.zeros(1, 3, *2 * [args.image_size], device="meta")
     limit = device_rates(args, "tf32" if torch.backends.cudnn.allow_tf32 else "fp32")[0]  # its convolutions
     return {"": {"images/s": rate, "hours for ImageNet": 1_281_167 / rate / 3600,
-                 "of the products' rate": 2 * sum(count_macs(encode, vae, image)) * rate / limit}}
+                 "of the products' rate": operations(encode, vae, image) * rate / limit}}
 
 
 def measure_fid(args, folder):
@@ -430,15 +439,15 @@ def measure_fid(args, folder):
              args.batch_size, "--num-workers", args.num_workers)
     work = {"": partial(run_script, fid, folder / "samples.npz", *flags)}
     seconds = median(take_turns(work, args, warm_up=False)[""])
-    macs = sum(count_macs(network, torch.zeros(1, 3, size, size)))
-    limit = 2 * macs * (args.count + args.count // 5) / device_rates(args, "fp32")[0]
+    count = args.count + args.count // 5
+    limit = count * operations(network, torch.zeros(1, 3, size, size)) / device_rates(args, "fp32")[0]
     return {"": {"samples": args.count, "minutes": seconds / 60, "of the products' rate": limit / seconds}}
 
 
 def write_latents(folder):
     """Random moments and images, to be read by train.py."""
     random = np.random.default_rng(0)
-    np.save(folder / "moments.npy", random.random((256, 8, 32, 32), np.float32))
+    np.save(folder / "moments.npy", random.random((256, 8, 32, 32), np.float32).astype(np.float16))
     np.save(folder / "labels.npy", random.integers(1000, size=256))
     np.save(folder / "images.npy", random.integers(0, 256, (256, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
     write_json(folder / "latents.json", DATA)
@@ -476,13 +485,13 @@ def parse_args():
     for name, default, text in (
             ("micro-batch", 32, "images of a training forward"), ("repeats", 5, "turns"),
             ("batch-size", None, "of train's larger step (default: 256), or of a forward (64)"),
-            ("steps", None, "of a turn of training (default: 20), or of the sampler (250)"),
+            ("steps", None, "of a turn of training (default: 20), or of the sampler (100)"),
             ("count", None, "images of extract (default: 2048), samples of fid (50000)"),
             ("image-size", 256, "of extract, fid"), ("num-workers", 8, "threads of extract, fid")):
         add(f"--{name}", type=positive_int, default=default, help=text)
     args = parser.parse_args()
     args.batch_size = args.batch_size or (256 if args.mode == "train" else 64)
-    args.steps = args.steps or (250 if args.mode == "sample" else 20)
+    args.steps = args.steps or (100 if args.mode == "sample" else 20)
     args.count = args.count or (50_000 if args.mode == "fid" else 2048)
     if args.device == "cuda" and not cuda:
         fail("--device cuda needs a GPU")
@@ -505,12 +514,12 @@ def main():
     # the scripts take a GPU where there is one
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: cuda):
         signal.signal(signal.SIGALRM, partial(too_slow, args))
-        signal.alarm(LAST)
+        signal.setitimer(signal.ITIMER_REAL, LAST, 5)
         try:
             write_latents(Path(folder))
             columns = MODES[args.mode](args, Path(folder))
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"\n{made_with}\n")
     print_table(columns, PAPER if args.mode == "train" and args.model == "SiT-XL/2" else {})
     out = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"

@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
-CUDA = torch.cuda.is_available()
+CUDA, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 import extract_latents  # noqa: E402  (found only now)
 
 TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-every", 1,
@@ -27,6 +27,11 @@ TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-ev
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long campaigns, run only by `pytest tests -m slow -s`")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def pytest_collection_modifyitems(items):
+    """Those of the GPU come first: torch remembers, for a whole process, whether it saw one."""
+    items.sort(key=lambda item: "gpu" not in item.fixturenames)
 
 
 def cli(capsys, script, *args):
@@ -122,6 +127,8 @@ def gpu(monkeypatch):
         pytest.skip("needs a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
-"""On a GPU, else skipped: training, resumed, under torchrun with NCCL, compiled and in bf16, is the run of
-eager float32 to rounding; extraction and samples too; and the benchmark runs."""
+"""On a GPU, else skipped: training, resumed, under torchrun, compiled and in bf16, is the run of eager
+float32 to rounding; samples, extraction and Inception are those of float32 or the CPU; the benchmark runs."""
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, cli, process
 from test_alignments import METHODS, flags_of, hub  # noqa: F401  (a fixture)
+from test_fid import inception  # noqa: F401
 from test_repa_e import common, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
 from test_train import assert_close_run, fit, load, log
@@ -19,10 +21,11 @@ ROUNDED = ("--precision", "bf16", "--compile")
 
 
 def test_resume_under_torchrun(data, tmp_path):
-    """Data, noise, dropout and weights, in float32; by default it is bf16, compiled."""
-    flags = (*TINY, "--data", data, "--lr", 1e-3, "--max-steps")
-    for run, steps, more in (("whole", 6, ()), ("halves", 3, ()), ("halves", 6, ()), ("rounded", 6, ROUNDED)):
-        process("train", *flags, steps, "--run-dir", tmp_path / run, *more, processes=1)
+    """Data, noise, dropout and weights, in float32, on two GPUs if there are two; and about so in bf16."""
+    flags, two = (*TINY, "--data", data, "--lr", 1e-3, "--max-steps"), min(torch.cuda.device_count(), 2)
+    for run, steps, processes, more in (("whole", 6, 1, ()), ("halves", 3, two, ()), ("halves", 6, two, ()),
+                                        ("rounded", 6, two, ROUNDED)):
+        process("train", *flags, steps, "--run-dir", tmp_path / run, *more, processes=processes)
     assert_close_run(tmp_path / "whole", tmp_path / "halves", 6)
     for a, b in zip(log(tmp_path / "rounded"), log(tmp_path / "whole"), strict=True):
         assert a["denoising"] == pytest.approx(b["denoising"], rel=0.03)
@@ -87,6 +90,15 @@ def test_extraction(capsys, images, vae, latents, tmp_path):
     ours, expected = (np.load(folder / "moments.npy").astype(float)
                       for folder in (tmp_path / "latents", latents))
     assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_inception(inception, monkeypatch):  # noqa: F811
+    """The CPU's features, without TF32, as fid.py has it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network, x = inception[0], torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    ours, expected = deepcopy(network).to("cuda")(x.to("cuda")), network(x)
+    for name, value in expected.items():
+        assert (ours[name].cpu() - value).norm() < 1e-4 * value.norm(), name
 
 
 @pytest.mark.parametrize("mode", ["train --batch-size 8 --steps 2", "profile --steps 2", "memory"])
