@@ -335,7 +335,7 @@ def computed_bytes(method, args, folder):
     stored, saved = latents.read(range(4)), {}
     batch = train.make_batch(stored, 0, latents.facts, run_args[4], slice(4), args.device)
     for n in (2, 4):
-        part = {name: values[:n].clone() for name, values in batch.items()}
+        part = {name: values[:n] for name, values in batch.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             saved[n] = saved_bytes(model, train.training_losses, model, part, run_args[4], ema, encoder)
     each = (saved[4] - saved[2]) / 2

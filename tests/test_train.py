@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +356,15 @@ def test_defaults_are_the_papers(monkeypatch):
     assert vars(parsed(monkeypatch)) == recipe
     depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
     assert [(args.vae_repa_depth, args.sra_teacher_depth) for args in depths] == [(2, 8), (8, 16), (8, 20)]
+
+
+def test_gpus_are_hidden_from_tests(request):
+    """And from what they start; those of a GPU come before."""
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
+    assert not torch.cuda.is_available()
+    others = ["gpu" not in item.fixturenames for item in request.session.items]
+    assert others == sorted(others)
 
 
 def test_too_little_memory(capsys, monkeypatch, data, tmp_path):
