@@ -2,20 +2,22 @@
 
     train    a training step of plain SiT, VAE-REPA, REPA and SRA, beside the paper's Table 4
     profile  where the time of VAE-REPA's step goes, by kind of kernel
-    memory   the largest --micro-batch in 24, 40 and 80 GB: estimated from two, or on a CPU computed
+    memory   the largest --micro-batch in 24, 40 and 80 GiB: by the peaks of two, or on a CPU computed
     sample   sample.py, beside itself in float32, eager, with TF32; hours for 50,000 images
     extract  extract_latents.py; hours for ImageNet
-    fid      fid.py; minutes for --count samples and a fifth as many references
+    fid      fid.py; minutes for --count samples and a fifth as many references, 12 GB on disk
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
-turns, ratios medians over pairs; no turn begins that would end after 8 minutes, and a mode that has no
-figures after 9.5 minutes ends without. Weights, latents and images are random. sample and extract are timed
-on some images and on twice as many, and subtracted.
+turns, ratios medians over pairs. After the first, no turn begins that would end after 8 minutes; a mode that
+is not done after 9.5 minutes ends without figures. train holds all its methods at once: four of SiT-XL/2
+take 60 GB. Weights, latents and images are random. sample and extract are timed on some images and on twice
+as many, and subtracted.
 
-"of the products' rate" is the time that the network's matrix products would take at the rate of large ones
-(8192 x 8192, ten in a row, timed in the same run), over all the time taken. "of the limit" adds to the
-former the optimizer's least: 40 bytes a parameter at the rate of a large copy. It reads the gradient for its
-norm; again, with the weight, AdamW's two moments and the EMA; and writes these four.
+"of the products' rate": the time of the network's matrix products (of SiT's alone in sample) at the speed of
+large ones, over the time taken. "of the limit": that time and the optimizer's least, over the time taken.
+The optimizer's least is 40 bytes a parameter at the speed of a large copy: to read the gradient for its
+norm; to read gradient, weight, AdamW's two moments and the EMA; to write the last four. Both speeds are
+measured in the same run.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def take_turns(work, args, warm_up=True):
         for name in list(work)[:: 1 if turn % 2 else -1]:
             taken = timed(work[name])
             seconds[name] += [taken] if turn >= 0 else []  # turn -1 compiles and warms up
-        longest = max(longest, time.monotonic() - started)
+        longest = max(longest, time.monotonic() - started) if turn >= 0 else 0
     return seconds
 
 
@@ -90,15 +92,16 @@ def paired(numerators, denominators):
 
 def device_rates(args, precision):
     """The device's own limits: FLOP/s of large matrix products, and bytes/s that a large copy reads and
-    writes; ten of each between synchronisations. precision: bf16, tf32 or fp32."""
-    n, count = (8192, 2**28) if torch.cuda.is_available() else (512, 2**24)
+    writes; many of each in a row, as training keeps a GPU hot. precision: bf16, tf32 or fp32."""
+    n, count, times = (8192, 2**28, 300) if torch.cuda.is_available() else (512, 2**24, 10)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=args.device, dtype=dtype)
+    a, b, c = torch.randn(3, n, n, device=args.device, dtype=dtype)
     source, target = torch.rand(2, count, device=args.device)
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    seconds = take_turns({"products": lambda: [a @ b for _ in range(10)],
-                          "copies": lambda: [target.copy_(source) for _ in range(10)]}, args)
-    return 10 * 2 * n**3 / median(seconds["products"]), 10 * 2 * source.nbytes / median(seconds["copies"])
+    seconds = take_turns({"products": lambda: [torch.mm(a, b, out=c) for _ in range(times)],
+                          "copies": lambda: [target.copy_(source) for _ in range(times)]}, args)
+    rates = times * 2 * n**3, times * 2 * source.nbytes
+    return rates[0] / median(seconds["products"]), rates[1] / median(seconds["copies"])
 
 
 def command(*words):
@@ -299,16 +302,15 @@ def measure_profile(args, folder):
 
 
 def measure_memory(args, folder):
-    """The peak of a step of several forwards: from the second on there are gradients. A tenth of the GPU's
-    GiB is left to its driver, to fragments, and to what a backward needs for a moment."""
+    """Of a step of several forwards: from the second on there are gradients. A tenth of the GPU's memory is
+    left to its driver, to fragments, and to what a backward needs for a moment."""
     columns, bytes_of = {}, peak_bytes if args.device.type == "cuda" else computed_bytes
     for name in args.methods:
-        torch.compiler.reset()
         fixed, each = bytes_of(name, args, folder)
-        columns[name] = {"without images, GB": fixed / 1e9, "an image, MB": each / 1e6}
-        for gb in (24, 40, 80):
-            most = int((0.9 * gb * 2**30 - fixed) // each)
-            columns[name][f"largest --micro-batch in {gb} GB"] = max(most, 0)
+        columns[name] = {"without images, GiB": fixed / 2**30, "an image, MiB": each / 2**20}
+        for gib in (24, 40, 80):
+            most = int((0.9 * gib * 2**30 - fixed) // each)
+            columns[name][f"largest --micro-batch in {gib} GiB"] = max(most, 0)
     return columns
 
 
@@ -316,6 +318,7 @@ def peak_bytes(method, args, folder):
     """Bytes (without images, of an image), by the peaks of two sizes of --micro-batch."""
     peaks = []
     for args.micro_batch in (8, 24):
+        torch.compiler.reset()
         gc.collect()  # compiled layers are cycles
         peaks.append(2**30 * Run(method, args, folder, 2 * args.micro_batch).peak_gib)
     each = (peaks[1] - peaks[0]) / 16
@@ -326,6 +329,7 @@ def computed_bytes(method, args, folder):
     """Bytes (without images, of an image): weights, gradients, AdamW's two moments, EMA, REPA's encoder; and
     what a forward saves for its backward.
     """
+    torch.compiler.reset()
     args.micro_batch = 4
     run_args, latents, model, ema, encoder = prepare(method, args, folder, 4)
     if args.compile:  # the compiler's choice of what is saved and what computed again, without its kernels
@@ -397,17 +401,17 @@ def measure_sample(args, folder):
     settings = {"model": args.model, "data": {**DATA, "vae": make_vae(args, folder)}}
     torch.save({"ema": build_model(settings).state_dict(), "settings": settings}, folder / "model.pt")
     flags = ("--ckpt", folder / "model.pt", "--batch-size", size, "--num-steps", args.steps,
-             "--cfg-scale", 1.8, "--guidance-interval", 0, 0.7, "--num-samples")  # REPA's guidance
+             "--cfg-scale", 1.8, "--guidance-interval", 0, 0.7,  # REPA's guidance
+             "--precision", args.precision, "--num-samples")
     commands = {"as it is": [(*flags, n) for n in (size, 2 * size)]}
     commands[plain] = [(*command, "--precision", "fp32", "--no-compile") for command in commands["as it is"]]
     seconds = steady_seconds(sample, args, commands)
-    rate, columns = device_rates(args, args.precision)[0], {}
+    rate, columns = device_rates(args, "bf16" if args.precision == "bf16" else "tf32")[0], {}
     calls = (1 + (torch.linspace(1, 0.04, args.steps, dtype=torch.float64) <= 0.7)).sum().item()
     flops = 2e9 * count_work(train_args("plain", args))["GFLOPs with attention"] * size * calls
     for name, turns in seconds.items():
         batch = median(turns)
-        hours = 50_000 / size * batch * 250 / args.steps / 3600
-        columns[name] = {f"{size} images, s": batch, "hours for 50,000 images, 250 steps": hours,
+        columns[name] = {f"{size} images, s": batch, "hours for 50,000 images": 50_000 / size * batch / 3600,
                          "times as fast": paired(seconds[plain], turns),
                          "of the products' rate": flops / batch / rate}
     return columns
@@ -485,13 +489,13 @@ def parse_args():
     for name, default, text in (
             ("micro-batch", 32, "images of a training forward"), ("repeats", 5, "turns"),
             ("batch-size", None, "of train's larger step (default: 256), or of a forward (64)"),
-            ("steps", None, "of a turn of training (default: 20), or of the sampler (100)"),
+            ("steps", None, "of a turn of training (default: 20), or of the sampler (250)"),
             ("count", None, "images of extract (default: 2048), samples of fid (50000)"),
             ("image-size", 256, "of extract, fid"), ("num-workers", 8, "threads of extract, fid")):
         add(f"--{name}", type=positive_int, default=default, help=text)
     args = parser.parse_args()
     args.batch_size = args.batch_size or (256 if args.mode == "train" else 64)
-    args.steps = args.steps or (100 if args.mode == "sample" else 20)
+    args.steps = args.steps or (250 if args.mode == "sample" else 20)
     args.count = args.count or (50_000 if args.mode == "fid" else 2048)
     if args.device == "cuda" and not cuda:
         fail("--device cuda needs a GPU")

@@ -122,10 +122,12 @@ def on_the_cpu():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Lets a test see the GPUs; skips it where there are none."""
+    """Lets a test see the GPUs, without TF32; skips it where there are none."""
     if not CUDA:
         pytest.skip("needs a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # of what a test starts
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if VISIBLE is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)

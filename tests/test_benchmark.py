@@ -4,13 +4,14 @@ ends in time; memory is what autograd saves."""
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import benchmark
 import pytest
 import torch
 from conftest import ROOT, cli, message
 
-from models import SiT_models, SiTBlock
+from models import SiT_models, SiTBlock, encode, load_vae
 
 SMALL = [*"--device cpu --precision fp32 --no-compile --model SiT-Ti/2 --repeats 1".split(),
          "--vae", ROOT / "tests" / "data" / "vae"]
@@ -59,7 +60,7 @@ def test_operations_are_torchs():
 def test_turns_alternate_and_end_in_time(monkeypatch):
     seen, clock = [], iter(range(0, 1000, 10))
     monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(clock))  # a turn takes 10 s
-    args = SimpleNamespace(repeats=9, deadline=65, details={"seconds": {}})
+    args = SimpleNamespace(repeats=9, deadline=55, details={"seconds": {}})
     seconds = benchmark.take_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, args)
     assert "".join(seen) == "abbaab" and len(seconds["a"]) == len(seconds["b"]) == 2  # the first warms up
 
@@ -114,11 +115,11 @@ def test_memory_on_paper(capsys, tmp_path):
         fixed = 20 * sum(p.numel() for p in parameters.values()) + 4 * external
         fixed += 2 * sum(p.numel() for p in needed.values())
         for column in (figures[how][name] for how in figures):
-            assert column["without images, GB"] == pytest.approx(fixed / 1e9)
-            for gb in (24, 40, 80):
-                most = (0.9 * gb * 2**30 - fixed) / (1e6 * column["an image, MB"])
-                assert column[f"largest --micro-batch in {gb} GB"] == int(most)
-        saved, eager = (figures[how][name]["an image, MB"] * 1e6 / (6 * 256 * 128) for how in figures)
+            assert column["without images, GiB"] == pytest.approx(fixed / 2**30)
+            for gib in (24, 40, 80):
+                most = (0.9 * gib * 2**30 - fixed) / (2**20 * column["an image, MiB"])
+                assert column[f"largest --micro-batch in {gib} GiB"] == int(most)
+        saved, eager = (figures[how][name]["an image, MiB"] * 2**20 / (6 * 256 * 128) for how in figures)
         assert 36 < saved < 60 and 48 < eager < 80  # bytes an element of h: 36 and 48 of the blocks
 
 
@@ -154,7 +155,8 @@ def test_memory_on_a_gpu_is_a_line(monkeypatch):
     monkeypatch.setattr(benchmark, "Run", lambda *of: SimpleNamespace(peak_gib=19 + of[-1] / 2))
     args = SimpleNamespace(methods=["plain"], device=torch.device("cuda"))
     figures = benchmark.measure_memory(args, None)["plain"]
-    assert [figures[f"largest --micro-batch in {gb} GB"] for gb in (24, 40, 80)] == [2, 17, 53]  # in 9 tenths
+    most = [figures[f"largest --micro-batch in {gib} GiB"] for gib in (24, 40, 80)]
+    assert most == [2, 17, 53]  # in nine tenths
 
 
 @pytest.mark.parametrize(("flags", "column", "row"), [
@@ -164,19 +166,27 @@ def test_memory_on_a_gpu_is_a_line(monkeypatch):
     ("extract --batch-size 2 --count 2 --image-size 32 --num-workers 1", "", "hours for ImageNet"),
     ("fid --count 20 --image-size 8", "", "minutes")])
 def test_modes(flags, column, row, capsys, tmp_path, monkeypatch, one_thread):
+    resets, caches = Mock(wraps=torch.compiler.reset), Mock(wraps=benchmark.fresh_inductor_cache)
+    monkeypatch.setattr(torch.compiler, "reset", resets)
+    monkeypatch.setattr(benchmark, "fresh_inductor_cache", caches)
     monkeypatch.setattr(benchmark.fid, "frechet_distance", lambda *statistics: 0.0)  # slow on a CPU
     status, stdout, stderr = cli(capsys, "benchmark", *flags.split(), *SMALL, "--json", tmp_path / "b.json")
     assert status == 0, stderr
     written = json.loads((tmp_path / "b.json").read_text())
     assert {"date", "hardware", "torch", "cudnn", "model", "repeats"} <= written["made_with"].keys()
     assert f"{written['figures'][column][row]:.5g}" in stdout and row in stdout
-    if flags.startswith("sample"):  # two steps of 250, two images of 50,000
-        f = written["figures"][column]
-        hours = 125 * 25_000 * f["2 images, s"] / 3600
-        assert f["hours for 50,000 images, 250 steps"] == pytest.approx(hours)
+    f, s = written["figures"][column], {name: turns[0] for name, turns in written["seconds"].items()}
+    products = 20 * 512**3 / s["products"]
+    if flags.startswith("extract"):
+        inputs = encode, load_vae(SMALL[-1]), torch.zeros(1, 3, 32, 32)
+        share = benchmark.operations(*inputs) * f["images/s"] / products
+        assert f["of the products' rate"] == pytest.approx(share)
+    if flags.startswith("fid"):
+        each = benchmark.operations(benchmark.fid.InceptionV3(), torch.zeros(1, 3, 8, 8))
+        assert f["of the products' rate"] == pytest.approx(24 * each / products / (60 * f["minutes"]))
     if flags.startswith("train"):
-        f, s = written["figures"]["VAE-REPA"], {name: turns[0] for name, turns in written["seconds"].items()}
-        step, products = s["VAE-REPA 1"] / 2, 20 * 512**3 / s["products"]
+        assert resets.call_count == caches.call_count == 3  # each method pays for its compilation
+        f, step = written["figures"]["VAE-REPA"], s["VAE-REPA 1"] / 2
         least = 1e9 * f["operations of a step, G"] / products
         least += 40 * 1e6 * f["trained, M"] / (80 * 2**24 / s["copies"])
         expected = {"1: images/s": 1 / step, "reading / repeated batch": 2 * step / s["VAE-REPA again"],
@@ -190,6 +200,14 @@ def test_modes(flags, column, row, capsys, tmp_path, monkeypatch, one_thread):
         whole = least["matrix products"] + least["attention"] + 10 / 3 * least["EMA"]
         assert least["optimizer"] == pytest.approx(7 / 3 * least["EMA"])
         assert least["a step"] == pytest.approx(whole)
+
+
+def test_tf32_is_the_plain_samplers_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark.sample, "main", lambda: seen.append(torch.backends.cuda.matmul.allow_tf32))
+    for precision in ("bf16", "fp32", "bf16"):
+        benchmark.run_script(benchmark.sample, "--precision", precision)
+    assert seen == [False, True, False]
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -22,7 +22,7 @@ ROUNDED = ("--precision", "bf16", "--compile")
 
 def test_resume_under_torchrun(data, tmp_path):
     """Data, noise, dropout and weights, in float32, on two GPUs if there are two; and about so in bf16."""
-    flags, two = (*TINY, "--data", data, "--lr", 1e-3, "--max-steps"), min(torch.cuda.device_count(), 2)
+    flags, two = (*TINY, "--data", data, "--lr", 1e-4, "--max-steps"), min(torch.cuda.device_count(), 2)
     for run, steps, processes, more in (("whole", 6, 1, ()), ("halves", 3, two, ()), ("halves", 6, two, ()),
                                         ("rounded", 6, two, ROUNDED)):
         process("train", *flags, steps, "--run-dir", tmp_path / run, *more, processes=processes)
@@ -34,7 +34,7 @@ def test_resume_under_torchrun(data, tmp_path):
 
 def test_compiled_is_eager(capsys, data, hub, tmp_path):  # noqa: F811
     """All three methods' losses and gradients, in float32."""
-    flags = ("--batch-size", 8, "--max-steps", 3, "--lr", 1e-3, *flags_of(METHODS, hub))
+    flags = ("--batch-size", 8, "--max-steps", 3, "--lr", 1e-4, *flags_of(METHODS, hub))
     fit(capsys, data, tmp_path / "compiled", *flags, "--compile")
     fit(capsys, data, tmp_path / "eager", *flags)
     assert_close_run(tmp_path / "compiled", tmp_path / "eager", 3)
@@ -83,18 +83,17 @@ def test_samples(capsys, tiny, tmp_path):  # noqa: F811
 
 
 def test_extraction(capsys, images, vae, latents, tmp_path):
-    """The moments of the CPU, to TF32's rounding."""
+    """The moments of the CPU."""
     flags = ("--images", images, "--vae", vae, "--image-size", 32, "--out", tmp_path / "latents")
     status, _, err = cli(capsys, "extract_latents", *flags)
     assert status == 0, err
     ours, expected = (np.load(folder / "moments.npy").astype(float)
                       for folder in (tmp_path / "latents", latents))
-    assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
+    assert np.abs(ours - expected).max() < 2e-3 * np.abs(expected).max()
 
 
-def test_inception(inception, monkeypatch):  # noqa: F811
-    """The CPU's features, without TF32, as fid.py has it."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_inception(inception):  # noqa: F811
+    """The CPU's features."""
     network, x = inception[0], torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     ours, expected = deepcopy(network).to("cuda")(x.to("cuda")), network(x)
     for name, value in expected.items():

@@ -240,7 +240,8 @@ def test_a_killed_run_resumes_to_the_bit(capsys, monkeypatch, whole, data, tmp_p
         for key in ("denoising", "vae_repa", "grad_norm"):
             assert line[key] == pytest.approx(np.mean([one[key] for one in three]), rel=1e-4)
         assert line["grad_norm_max"] == pytest.approx(max(one["grad_norm"] for one in three))
-        assert 0 < line["images_per_s"] < 1e5 and line["memory_gib"] == 0
+        assert 0 < line["images_per_s"] < 1e5
+        assert line["memory_gib"] == torch.cuda.max_memory_allocated() / 2**30  # of a GPU's tests, or 0
 
 
 def test_checkpoints_and_settings(capsys, whole, data):
