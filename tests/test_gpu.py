@@ -60,7 +60,7 @@ def assert_rounded(rounded, exact, names, rel, absolute):
 
 
 def test_a_tuned_vae(capsys, tuning, common, tmp_path):  # noqa: F811
-    flags = (*common, "--max-steps", 4, "--sample-every", 4)
+    flags = (*common, "--max-steps", 4, "--sample-every", 4, "--lr", 1e-4)
     rounded, state = fit(capsys, tuning[0], tmp_path / "bf16", *flags, *ROUNDED)
     exact, _ = fit(capsys, tuning[0], tmp_path / "fp32", *flags)
     assert_rounded(rounded, exact, ("l1", "kl", "tune_repa", "lpips", "denoising", "repa"), 0.05, 0.05)
