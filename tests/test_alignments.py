@@ -179,3 +179,32 @@ def test_other_vaes_end_to_end(capsys, images, tmp_path, kind, channels):
     drawn = ("--ckpt", tmp_path / "run/checkpoints/0000002.pt", "--num-steps", 2, "--per-class", 1)
     status, _, err = cli(capsys, "sample", *drawn)
     assert status == 0 and (tmp_path / "run/checkpoints/0000002.png").exists(), err
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--repa-depth", 7), "repa depth 7"), (("--sra-depth", 7, "--sra-teacher-depth", 8), "sra depth 7"),
+    (("--sra-depth", 2, "--sra-teacher-depth", 8), "--sra-teacher-depth 8"),
+    (("--sra-depth", 4), "--sra-teacher-depth 4 is not above --sra-depth 4"), (("--sra-t-max", 1.5), "t-max"),
+    (("--sra-weight", -1), "--sra-weight"), (("--repa-weight", "nan"), "--repa-weight"),
+    (("--repa-depth", 2, "--model", "SiT-Ti/2"), "2x2 tokens"),
+    (("--repa-depth", 2, "--repa-hub", "nowhere"), "nowhere"),
+    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitz14"), "dinov2_vitz14"),
+    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitb14"), "dinov2_vitb14_pretrain.pth")])
+def test_bad_flags(capsys, data, hub, tmp_path, flags, says):
+    common = ("--repa-encoder", "dinov2_vitt14", "--repa-hub", hub)
+    assert says in refused(capsys, data, tmp_path / "run", *common, *flags)
+
+
+def test_repa_without_its_images_or_weights(capsys, data, hub, tmp_path):
+    folder, flags = shutil.copytree(data, tmp_path / "set"), flags_of(["repa"], hub)
+    images = np.load(data / "images.npy")
+    (folder / "images.npy").unlink()
+    assert "--store-images" in refused(capsys, folder, tmp_path / "run", *flags)
+    odd = np.zeros((12, 40, 40, 3), np.uint8)
+    for others, says in ((images[:11], "images.npy"), (images.copy("F"), "C order"), (odd, "40 pixels")):
+        np.save(folder / "images.npy", others)
+        assert says in refused(capsys, folder, tmp_path / "run", *flags)
+    shutil.copytree(hub, tmp_path / "hub")
+    weights = tmp_path / "hub" / "dinov2_vitt14_pretrain.pth"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "dinov2_vitt14" in refused(capsys, data, tmp_path / "run", *flags_of(["repa"], tmp_path / "hub"))

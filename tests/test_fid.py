@@ -9,7 +9,6 @@ import json
 import math
 import tracemalloc
 import zipfile
-from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from test_alignments import METHODS, flags_of, hub  # noqa: F401  (a fixture)
 from test_fid import inception  # noqa: F401
 from test_repa_e import common, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
-from test_train import assert_close_run, fit, load, log
+from test_train import assert_close_run, fit, log
 
 import train
 
