@@ -292,11 +292,11 @@ def measure_profile(args, folder):
         rows[kind] = rows.get(kind, 0) + ms
     args.details["kernels"] = kernels
     work, rates = count_work(train_args("VAE-REPA", args)), device_rates(args, args.precision)
-    product, parameter = 6e12 * args.micro_batch / rates[0], 1e9 * work["trained, M"] / rates[1]  # ms
-    inside = work["GFLOPs with attention"] - work["GFLOPs"]
-    limit = {"a step": 1e3 * sum(least_seconds(work, args.micro_batch, rates)),
-             "matrix products": product * work["GFLOPs"], "attention": product * inside,
-             "optimizer": 28 * parameter, "EMA": 12 * parameter, "clipping": 12 * parameter}
+    products, optimizer = (1e3 * seconds for seconds in least_seconds(work, args.micro_batch, rates))
+    layers = work["GFLOPs"] / work["GFLOPs with attention"]
+    limit = {"a step": products + optimizer,
+             "matrix products": layers * products, "attention": (1 - layers) * products,
+             "optimizer": 28 / 40 * optimizer, "EMA": 12 / 40 * optimizer, "clipping": 12 / 40 * optimizer}
     return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()},
             "the least, ms": {row: limit.get(row, 0.0) for row in rows}}
 

@@ -106,9 +106,9 @@ def test_memory_on_paper(capsys, tmp_path):
         assert cli(capsys, "benchmark", *flags, "plain", "VAE-REPA", "REPA", how)[0] == 0
         figures[how] = json.loads((tmp_path / "b.json").read_text())["figures"]
     encoder = benchmark.random_encoder("dinov2_vitt14")
-    external, heads = sum(p.numel() for p in encoder.parameters()), {"repa_depth": 2, "repa_dim": encoder.dim}
+    size, projector = sum(p.numel() for p in encoder.parameters()), {"repa_depth": 2, "repa_dim": encoder.dim}
     for name, external, heads in (("plain", 0, {}), ("VAE-REPA", 0, {"vae_repa_depth": 2}),
-                                  ("REPA", external, heads)):
+                                  ("REPA", size, projector)):
         parameters = dict(SiT_models["SiT-Ti/2"](**heads).named_parameters())
         needed = {key: p for key, p in parameters.items() if p.ndim > 1 and not key.endswith(
             ("table.weight", "t_embedder.mlp.0.weight"))}  # nothing before these has a gradient
@@ -214,7 +214,6 @@ def test_tf32_is_the_plain_samplers_alone(monkeypatch):
     ("train --device cuda", "needs"), ("fly", "fly"), ("profile --steps 0", "steps"),
     ("train --batch-size 3 --micro-batch 2", "divisible"), ("extract --count 1 --vae nowhere", "nowhere"),
     ("train --modle x", "--modle"), ("train --model SiT-Ti/4 --methods REPA", "16x16")])
-def test_bad_flags(words, says, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_bad_flags(words, says, capsys):
     status, _, stderr = cli(capsys, "benchmark", "--device=cpu", *words.split())
     assert status == 2 and says in message(stderr)
