@@ -18,9 +18,11 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,8 +38,8 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from models import decode, encode, latent_normalization, load_vae
 
+# ---- Images
 
 def center_crop(image, size):
     """ADM's crop of a PIL image: box-halve to a short side < 2 size, bicubic to size, then the middle."""
@@ -88,6 +90,64 @@ def list_images(root):
         files += found
         labels += [label] * len(found)
     return classes, files, labels
+
+
+# ---- The VAE
+
+
+def load_vae(name):
+    """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub."""
+    import diffusers  # slow to import, and not needed for training
+    from huggingface_hub import errors, snapshot_download
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = Path(name)
+    if not folder.exists():
+        repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
+        files = ("config.json", "diffusion_pytorch_model.safetensors")
+        files = ["/".join([*inside, file]) for file in files]
+        try:
+            folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
+        except (errors.HFValidationError, errors.LocalEntryNotFoundError):
+            raise ValueError("there is no such folder, and the hub was not reached") from None
+    config = diffusers.AutoencoderKL.load_config(folder)
+    vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+    return vae.float().eval().requires_grad_(False)
+
+
+def latent_normalization(config):
+    """(shift, scale) of a diffusers VAE's config, floats or one per channel: x = (z - shift) * scale."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    shift, scale = config.get("shift_factor"), config.get("scaling_factor")
+    if std and not shift and scale in (None, 1, 0.18215):
+        return list(mean or [0.0]), [1 / value for value in std]
+    # 0.18215 is Stable Diffusion's, and diffusers writes it into every config that names no other
+    repa_e = re.search(r"(/|--)e2e-[^/]*(/snapshots/\w+)?$", str(config.get("_name_or_path")))
+    if std or mean or not scale or scale == 0.18215 and (repa_e or config.get("latent_channels") != 4):
+        raise ValueError("its config.json must give either latents_mean and latents_std or a scaling_factor")
+    return shift or 0.0, scale
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """uint8 images (B, 3, S, S) -> raw moments (B, 2C, H, W): mean, then std, 0 if there is no posterior."""
+    out = vae.encode(images.float() / 127.5 - 1)
+    if hasattr(out, "latent_dist"):
+        return torch.cat([out.latent_dist.mean, out.latent_dist.std], dim=1)
+    latent = out.latent if hasattr(out, "latent") else out.latents
+    return torch.cat([latent, torch.zeros_like(latent)], dim=1)
+
+
+@torch.no_grad()
+def decode(vae, x, shift, scale):
+    """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded."""
+    shift, scale = (torch.tensor(value, device=x.device).view(-1, 1, 1) for value in (shift, scale))
+    z = x.float() / scale + shift
+    images = torch.cat([vae.decode(part).sample.float() for part in z.split(16)])  # in parts: it takes memory
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+# ---- On disk: what is stored, its writer and its reader
 
 
 class ResumableArrays:
@@ -143,11 +203,12 @@ class Latents:
     """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list,
     "scale": float or list, "num_classes": int}.
 
+    extras: further arrays NAME.npy, of a row an image, that `read` adds by name; of "images" it knows the form.
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
-    [C, H, W], count and, with_images, image_size.
+    [C, H, W], count and, with "images", image_size.
     """
 
-    def __init__(self, folder, with_images=False):
+    def __init__(self, folder, extras=()):
         folder = Path(folder)
         if not (folder / "latents.json").exists():
             state = "unfinished" if Path(f"{folder}.partial").exists() else "no"
@@ -155,20 +216,20 @@ class Latents:
                  f"{folder}`, or `python tests/demo.py`, the whole pipeline on drawn images")
         try:
             about = json.loads((folder / "latents.json").read_text())
-            self.moments = np.load(folder / "moments.npy", mmap_mode="r")
             self.labels = np.load(folder / "labels.npy").astype(np.int64, casting="safe")
-            self.images = np.load(folder / "images.npy", mmap_mode="r") if with_images else None
-            (count, channels, side, _), n = self.moments.shape, about["num_classes"]
+            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")
+                           for name in ("moments", *extras)}
+            (count, channels, side, _), n = self.arrays["moments"].shape, about["num_classes"]
             keys = ("vae", "shift", "scale", "num_classes", "files_sha256")
             self.facts = {**{key: about.get(key) for key in keys}, "count": count,
                           "latent_shape": [channels // 2, side, side]}
-            shape = (count, channels // 2 * 2, side, side)
-            arrays = [("moments", self.moments, (np.float16, np.float32), shape),
-                      ("labels", self.labels, (np.int64,), (count,))]
-            if with_images:
-                self.facts["image_size"] = size = self.images.shape[1]
-                arrays.append(("images", self.images, (np.uint8,), (count, size, size, 3)))
-            for name, array, dtypes, shape in arrays:
+            forms = {"moments": ((np.float16, np.float32), (count, channels // 2 * 2, side, side)),
+                     "labels": ((np.int64,), (count,))}
+            if "images" in extras:
+                self.facts["image_size"] = size = self.arrays["images"].shape[1]
+                forms["images"] = ((np.uint8,), (count, size, size, 3))
+            for name, array in {**self.arrays, "labels": self.labels}.items():
+                dtypes, shape = forms.get(name, ((array.dtype,), (count, *array.shape[1:])))
                 if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
                     raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {shape} in C order")
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
@@ -182,15 +243,28 @@ class Latents:
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
                  "extract them again, for REPA with --store-images")
 
+    def rows(self, step, batch_size, seed):
+        """Rows (batch_size,) of a training step's batch, cut from an endless series of shuffled epochs."""
+        count, positions = self.facts["count"], np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs, places = np.divmod(positions, count)
+        rows = [epoch_order(count, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate(rows)
+
     def read(self, rows):
-        """Normalised mean and std, of x = (z - shift) * scale, (B, C, H, W) float32; labels (B,) int64; and,
-        with_images, images (B, 3, S, S) uint8: all tensors. rows: (B,) integers.
+        """Tensors by name, a row for each of `rows` (B,): the normalised "mean" and "std" of x = (z - shift) *
+        scale, (B, C, H, W) float32; "labels" (B,) int64; and the extras, "images" as (B, 3, S, S) uint8.
         """
-        mean, std = np.split(read_rows(self.moments, rows).astype(np.float32), 2, axis=1)
-        arrays = [(mean - self.shift) * self.scale, std * self.scale, self.labels[rows]]
-        if self.images is not None:
-            arrays.append(read_rows(self.images, rows).transpose(0, 3, 1, 2))
-        return tuple(map(torch.from_numpy, arrays))
+        found = {name: read_rows(array, rows) for name, array in self.arrays.items()}
+        mean, std = np.split(found.pop("moments").astype(np.float32), 2, axis=1)
+        if "images" in found:
+            found["images"] = found["images"].transpose(0, 3, 1, 2)
+        found |= {"mean": (mean - self.shift) * self.scale, "std": std * self.scale, "labels": self.labels[rows]}
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count, seed, epoch):
+    return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
 def read_rows(array, rows):
@@ -201,6 +275,9 @@ def read_rows(array, rows):
             if os.preadv(file.fileno(), [buffer], array.offset + int(row) * buffer.nbytes) < buffer.nbytes:
                 raise OSError(errno.EIO, "ends too early", array.filename)
     return found
+
+
+# ---- The command
 
 
 def parse_args():
@@ -276,7 +353,7 @@ def main():
     print(f"{out}: {count} images of {len(classes)} classes, latents {list(moments.shape[1:])}")
 
 
-# Shared by the scripts
+# ---- Shared by the scripts
 
 
 def first_line(error):
@@ -339,6 +416,12 @@ def nonnegative_int(text):
     if int(text) < 0:
         raise ValueError
     return int(text)
+
+
+def nonnegative_float(text):
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
 
 
 def fraction(text):
@@ -420,6 +503,7 @@ def check_same_settings(record, settings):
     """Fail, naming each setting that differs, if the JSON file `record` of an output has others."""
     try:
         there = {**json.loads(record.read_text())}
+        there |= there["data"] if isinstance(there.get("data"), dict) else {}  # of a run of train.py
     except Exception as error:
         fail(f"{record} is missing or damaged ({first_line(error)}); remove what it describes")
     differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()

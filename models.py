@@ -1,5 +1,5 @@
-"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; REPA's encoder; the VAE;
-and what REPA-E tunes it with.
+"""SiT, which predicts the velocity v of a noised latent x_t; its alignment heads; REPA's encoder; and what
+REPA-E tunes the VAE with.
 
 Parameter names are SiT's and REPA's, so that their published weights load. Shapes in comments: B images,
 N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
@@ -10,10 +10,10 @@ import inspect
 import logging
 import math
 import os
-import re
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -44,10 +44,11 @@ def unpatchify(tokens, patch_size, channels):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * p, side * p)  # (B, C, h, p, w, p)
 
 
-def patchify(x, patch_size):
-    """Latent (B, C, H, W) -> tokens (B, N, p * p * C); the inverse of `unpatchify`."""
+def patchify(x, like):
+    """Latent (B, C, H, W) -> tokens (B, N, p * p * C), N as in `like` (B, N, …); the inverse of `unpatchify`."""
     b, c, height, _ = x.shape
-    side, p = height // patch_size, patch_size
+    side = math.isqrt(like.shape[1])
+    p = height // side
     x = x.reshape(b, c, side, p, side, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, side * side, p * p * c)
 
@@ -66,7 +67,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) in [0, num_classes] -> (B, D). num_classes is classifier-free guidance's null class."""
+    """Labels (B,) -> (B, D); the table's last row is the null class's, for classifier-free guidance."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -141,46 +142,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(h), shift, scale))
 
 
-def linears(*widths):
-    """Linear layers of these widths, SiLU after each."""
-    return [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-
-
-class AlignHead(nn.Module):
-    """VAE-REPA's MLP P (section 3.2.2): block output (B, N, D), c (B, D) -> clean patches (B, N, p * p * C).
-
-    `layers` - 1 linear layers with SiLU (5: D -> 2D -> 2D -> 2D -> D, 2: D -> D), then SiT's final layer.
-    The paper gives no widths; these reproduce its parameter counts and FLOPs (section 4.2, Table 4).
-    """
-
-    def __init__(self, hidden_size, patch_size, out_channels, layers):
-        super().__init__()
-        self.mlp = nn.Sequential(*linears(hidden_size, *[2 * hidden_size] * (layers - 2), hidden_size))
-        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
-        init_linears(self)
-        zero_final_layer(self.final_layer)
-
-    def forward(self, h, c):
-        return self.final_layer(self.mlp(h), c)
-
-
-class Projector(nn.Module):
-    """REPA's and SRA's head: an MLP, (B, N, D) -> (B, N, widths[-1])."""
-
-    def __init__(self, *widths):
-        super().__init__()
-        self.mlp = nn.Sequential(*linears(*widths)[:-1])
-        init_linears(self)
-
-    def forward(self, h, c):
-        return self.mlp(h)
-
-
 class SiT(nn.Module):
     """SiT (arXiv 2401.08740) with alignment heads, each on the output of block NAME_depth, counted from 1.
 
     model(x_t, t, y) -> v (B, C, H, W), for latents x_t (B, C, H, W) with H = W = input_size, times t (B,) in
-    [0, 1], where 1 is noise, and labels y (B,), where num_classes is the null class.
+    [0, 1], where 1 is noise, and labels y (B,), from 0 to num_classes - 1 or model.null_class.
     model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
     clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
     teacher's (D). Depth 0 builds no head. tune_vae: hold REPA-E's norm of latents, `bn`, for the EMA and the
@@ -197,12 +163,12 @@ class SiT(nn.Module):
         if vae_repa_layers < 2:
             raise ValueError(f"an alignment head has at least 2 layers, not {vae_repa_layers}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes = num_classes
+        self.null_class = num_classes
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        # a buffer, which neither optimizer nor EMA touches
+        # a buffer, which the optimizer does not touch
         self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
@@ -217,8 +183,7 @@ class SiT(nn.Module):
             self.add_head("repa", repa_depth, Projector(hidden_size, 2048, 2048, repa_dim))
         if sra_depth:
             self.add_head("sra", sra_depth, Projector(hidden_size, 2 * hidden_size, hidden_size))
-        if tune_vae:
-            self.bn = LatentNorm(in_channels)
+        self.bn = LatentNorm(in_channels) if tune_vae else None
 
     def add_head(self, name, depth, head):
         """Let head(h, c) predict from the output h (B, N, D) of block `depth`, counted from 1."""
@@ -258,14 +223,62 @@ class SiT(nn.Module):
             h = block(h, c)
         return h, c
 
-    def align(self, x_t, t, y, name):
-        """What head `name` predicts (B, N, dim), alone."""
-        return self.heads[name](*self.early_blocks(x_t, t, y, self.head_depths[name]))
 
-    @torch.no_grad()
-    def block_output(self, x_t, t, y, depth):
-        """The output (B, N, D) of block `depth`, SRA's target, without gradient."""
-        return self.early_blocks(x_t, t, y, depth)[0]
+# depth, width, attention heads
+SIZES = {"SiT-XL": (28, 1152, 16), "SiT-L": (24, 1024, 16), "SiT-B": (12, 768, 12), "SiT-S": (12, 384, 6),
+         "SiT-Ti": (6, 128, 4)}  # which is ours
+SiT_models = {f"{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=num_heads, patch_size=p)
+              for size, (depth, width, num_heads) in SIZES.items() for p in (1, 2, 4, 8)}
+
+
+def build_model(settings, heads=True):
+    """The SiT of a run's settings, with each of its options that they hold; heads: and what only training needs.
+
+    settings: train.py's flags by name, "repa_dim" if there is REPA, and "data", the facts on its latents.
+    """
+    channels, size, _ = settings["data"]["latent_shape"]
+    options = {name: settings[name] for name in inspect.signature(SiT).parameters
+               if settings.get(name) is not None}
+    model = SiT_models[settings["model"]](
+        input_size=size, in_channels=channels, num_classes=settings["data"]["num_classes"], **options)
+    if not heads:
+        model.heads, model.head_depths, model.bn = nn.ModuleDict(), {}, None
+    return model
+
+
+def linears(*widths):
+    """Linear layers of these widths, SiLU after each."""
+    return [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+
+
+class AlignHead(nn.Module):
+    """VAE-REPA's MLP P (section 3.2.2): block output (B, N, D), c (B, D) -> clean patches (B, N, p * p * C).
+
+    `layers` - 1 linear layers with SiLU (5: D -> 2D -> 2D -> 2D -> D, 2: D -> D), then SiT's final layer.
+    The paper gives no widths; these reproduce its parameter counts and FLOPs (section 4.2, Table 4).
+    """
+
+    def __init__(self, hidden_size, patch_size, out_channels, layers):
+        super().__init__()
+        self.mlp = nn.Sequential(*linears(hidden_size, *[2 * hidden_size] * (layers - 2), hidden_size))
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        init_linears(self)
+        zero_final_layer(self.final_layer)
+
+    def forward(self, h, c):
+        return self.final_layer(self.mlp(h), c)
+
+
+class Projector(nn.Module):
+    """REPA's and SRA's head: an MLP, (B, N, D) -> (B, N, widths[-1])."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.mlp = nn.Sequential(*linears(*widths)[:-1])
+        init_linears(self)
+
+    def forward(self, h, c):
+        return self.mlp(h)
 
 
 def init_linears(module):
@@ -347,78 +360,17 @@ def load_program(path, device):
         logging.disable(logging.NOTSET)
 
 
-def load_encoder(name, hub, image_size):
-    """REPA's encoder: FILE.pt2, or a name in torch.hub's facebookresearch/dinov2 or in `hub`, a clone of it.
-
-    Raises ValueError.
-    """
+def load_encoder(name, image_size):
+    """REPA's encoder: FILE.pt2, or a name in torch.hub's facebookresearch/dinov2. Raises ValueError."""
     try:
         if name.endswith(".pt2"):
             return ExportedEncoder(name, image_size)
-        if hub:
-            network = torch.hub.load(hub, name, source="local", pretrained=False)
-            weights = torch.load(Path(hub, f"{name}_pretrain.pth"), map_location="cpu", weights_only=True)
-            network.load_state_dict(weights)
-        else:
-            os.makedirs(torch.hub.get_dir(), exist_ok=True)
-            with open(Path(torch.hub.get_dir(), "dinov2.lock"), "w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
-                network = torch.hub.load("facebookresearch/dinov2", name, verbose=False)
-        return Encoder(network, image_size)
+        os.makedirs(torch.hub.get_dir(), exist_ok=True)
+        with open(Path(torch.hub.get_dir(), "dinov2.lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
+            return Encoder(torch.hub.load("facebookresearch/dinov2:main", name, verbose=False), image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        raise ValueError(f"cannot load encoder {name}{f' from {hub}' if hub else ''}: {error}") from error
-
-
-def load_vae(name):
-    """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub."""
-    import diffusers  # slow to import, and not needed for training
-    from huggingface_hub import errors, snapshot_download
-
-    diffusers.utils.logging.set_verbosity_error()
-    folder = Path(name)
-    if not folder.exists():
-        repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
-        files = ("config.json", "diffusion_pytorch_model.safetensors")
-        files = ["/".join([*inside, file]) for file in files]
-        try:
-            folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
-        except (errors.HFValidationError, errors.LocalEntryNotFoundError):
-            raise ValueError("there is no such folder, and the hub was not reached") from None
-    config = diffusers.AutoencoderKL.load_config(folder)
-    vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
-    return vae.float().eval().requires_grad_(False)
-
-
-def latent_normalization(config):
-    """(shift, scale) of a diffusers VAE's config, floats or one per channel: x = (z - shift) * scale."""
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    shift, scale = config.get("shift_factor"), config.get("scaling_factor")
-    if std and not shift and scale in (None, 1, 0.18215):
-        return list(mean or [0.0]), [1 / value for value in std]
-    # 0.18215 is Stable Diffusion's, and diffusers writes it into every config that names no other
-    repa_e = re.search(r"(/|--)e2e-[^/]*(/snapshots/\w+)?$", str(config.get("_name_or_path")))
-    if std or mean or not scale or scale == 0.18215 and (repa_e or config.get("latent_channels") != 4):
-        raise ValueError("its config.json must give either latents_mean and latents_std or a scaling_factor")
-    return shift or 0.0, scale
-
-
-@torch.no_grad()
-def encode(vae, images):
-    """uint8 images (B, 3, S, S) -> raw moments (B, 2C, H, W): mean, then std, 0 if there is no posterior."""
-    out = vae.encode(images.float() / 127.5 - 1)
-    if hasattr(out, "latent_dist"):
-        return torch.cat([out.latent_dist.mean, out.latent_dist.std], dim=1)
-    latent = out.latent if hasattr(out, "latent") else out.latents
-    return torch.cat([latent, torch.zeros_like(latent)], dim=1)
-
-
-@torch.no_grad()
-def decode(vae, x, shift, scale):
-    """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded."""
-    shift, scale = (torch.tensor(value, device=x.device).view(-1, 1, 1) for value in (shift, scale))
-    z = x.float() / scale + shift
-    images = torch.cat([vae.decode(part).sample.float() for part in z.split(16)])  # in parts: it takes memory
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        raise ValueError(f"cannot load encoder {name}: {error}") from error
 
 
 class LatentNorm(nn.Module):
@@ -433,6 +385,11 @@ class LatentNorm(nn.Module):
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+
+    def start(self, shift, scale):
+        """Begin with the statistics of latents that become (z - shift) * scale: numbers, or lists of C."""
+        self.running_mean.copy_(torch.as_tensor(np.float32(shift)))
+        self.running_var.copy_(torch.as_tensor(np.float32(scale) ** -2))
 
     def forward(self, z):
         return F.batch_norm(z, self.running_mean, self.running_var, eps=self.EPS)
@@ -502,32 +459,3 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         return self.main(images)
-
-
-def to_bf16(model):
-    """Keep in bf16 the weights that autocast rounds in every call: half the memory."""
-    for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layer.bfloat16()
-
-
-# size: depth, width, heads
-SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 128, 4)}
-SiT_models = {f"SiT-{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
-              for size, (depth, width, heads) in SIZES.items() for p in (1, 2, 4, 8)}
-# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
-ALIGN_DEPTHS = {"XL": 8, "L": 8, "B": 2, "S": 2, "Ti": 2}
-SRA_DEPTHS = {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8), "Ti": (2, 4)}
-
-# names of weights that are not SiT's own: heads (ours, REPA's, SRA's) and REPA-E's norm
-HEADS = ("heads.", "projectors.", "ap_head.", "bn.")
-
-
-def build_model(settings, heads=False):
-    """The SiT that a checkpoint's settings describe, with or without the heads it trains with."""
-    data = settings["data"]
-    channels, size, _ = data["latent_shape"]
-    names = inspect.signature(SiT).parameters  # its heads' options have the names of train.py's flags
-    options = {name: settings[name] for name in names if name in settings} if heads else {}
-    return SiT_models[settings["model"]](
-        input_size=size, in_channels=channels, num_classes=data["num_classes"], **options)

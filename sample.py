@@ -17,12 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, fail,
-                             first_line, fraction, init_distributed, nonnegative_int, positive_int, run,
-                             write_json)
-from models import HEADS, SIZES, build_model, decode, load_vae, to_bf16
+from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, decode, fail,
+                             first_line, fraction, init_distributed, load_vae, nonnegative_int, positive_int,
+                             run, write_json)
+from models import SIZES, build_model
+
+
+# ---- Samplers
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
@@ -31,7 +35,7 @@ def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
     low, high = guidance_interval
     if cfg_scale == 1 or not low <= t <= high:  # outside the interval v_null is not computed
         return model(x, times, y).to(x.dtype)
-    null = torch.full_like(y, model.num_classes)
+    null = torch.full_like(y, model.null_class)
     v, v_null = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).to(x.dtype).chunk(2)
     return v_null + cfg_scale * (v - v_null)
 
@@ -78,6 +82,9 @@ def randn_like(x, generators):
     return new
 
 
+# ---- Images
+
+
 def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **options):
     """Images `rows` of a seed, of classes y, as uint8 (B, S, S, 3) on the model's device.
 
@@ -103,6 +110,28 @@ def save_grid(images, columns, path):
         Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
 
 
+def draw_grid(path, model, vae, facts, seed, precision, cfg_scale):
+    """Write rows of 4 images of up to 10 classes, always from the same noise; facts: of the latents."""
+    n = facts["num_classes"]
+    y = np.repeat(np.linspace(0, n - 1, min(n, 10)).astype(int), 4)
+    images = sample_images(model, vae, facts_of(facts, model.state_dict()), range(len(y)), y, seed, precision,
+                           mode="ode", num_steps=50, cfg_scale=cfg_scale)
+    save_grid(images.cpu().numpy(), 4, path)
+
+
+def to_bf16(model):
+    """Keep in bf16 the weights that autocast rounds in every call: half the memory."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.bfloat16()
+
+
+# ---- Checkpoints
+
+# weights that are not SiT's own: our heads, REPA's, SRA's, and REPA-E's norm
+HEADS = ("heads.", "projectors.", "ap_head.", "bn.")
+
+
 def load_checkpoint(path):
     """A checkpoint's contents on the CPU, read from disk when used; no code in the file is run."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
@@ -116,11 +145,11 @@ def load_model(path):
         weights = checkpoint.get("ema", checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
         with torch.device("meta"):  # no initial weights
-            model = build_model(settings)
+            model = build_model(settings, heads=False)
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
         facts = facts_of(settings["data"], weights)
         if settings.get("tune_vae"):
-            facts["vae"] = tuned_vae(path)
+            facts["vae"] = vae_folder(path)
     except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
     return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}
@@ -139,20 +168,20 @@ def bn_statistics(weights):
     return weights["bn.running_mean"].tolist(), weights["bn.running_var"].cpu().sqrt().tolist()
 
 
-def tuned_vae(path):
-    """The folder of the VAE that was tuned along with a checkpoint, in diffusers' format."""
+def vae_folder(path):
+    """Where the VAE lies that was tuned along with checkpoint `path`, in diffusers' format."""
     return f"{Path(path).resolve().with_suffix('')}-vae"
 
 
 def save_vae(path, vae, weights):
-    """Write the `tuned_vae` of checkpoint `path`, with its latents' statistics; weights: the EMA model's."""
+    """Write the VAE of checkpoint `path`, with its latents' statistics; weights: the EMA model's."""
     from safetensors.torch import save  # a part of diffusers
 
     mean, std = bn_statistics(weights)
     vae.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None, scaling_factor=1.0)
-    with atomic_write(Path(tuned_vae(path), "diffusion_pytorch_model.safetensors")) as file:
+    with atomic_write(Path(vae_folder(path), "diffusion_pytorch_model.safetensors")) as file:
         file.write(save(vae.state_dict(), {"format": "pt"}))
-    with atomic_write(Path(tuned_vae(path), "config.json")) as file:
+    with atomic_write(Path(vae_folder(path), "config.json")) as file:
         file.write(vae.to_json_string().encode())
 
 
@@ -165,7 +194,10 @@ def published_settings(weights):
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     vae = "REPA-E/e2e-sdvae-hf" if "bn.running_mean" in weights else "stabilityai/sd-vae-ft-ema"
     facts = {"vae": vae, "shift": 0.0, "scale": 0.18215, "num_classes": num_classes}
-    return {"model": f"SiT-{size}/{patch}", "data": {**facts, "latent_shape": [channels, side, side]}}
+    return {"model": f"{size}/{patch}", "data": {**facts, "latent_shape": [channels, side, side]}}
+
+
+# ---- The command
 
 
 def parse_args():

@@ -13,7 +13,6 @@ x is the VAE's latent, drawn from its posterior anew every step, shifted and sca
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import os
 import re
@@ -29,12 +28,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from extract_latents import (Latents, Parser, atomic_write, check_same_settings, fail, first_line,
-                             fraction, init_distributed, lock, nonnegative_int, positive_int, read_ahead,
-                             run, write_json)
-from models import (ALIGN_DEPTHS, LPIPS, SRA_DEPTHS, Discriminator, SiT_models, build_model, load_encoder,
-                    load_vae, mean_over_processes, patchify)
-from sample import facts_of, load_checkpoint, rng, sample_images, save_grid, save_vae
+from extract_latents import (Latents, Parser, atomic_write, check_same_settings, fail, first_line, fraction,
+                             init_distributed, load_vae, lock, nonnegative_float, nonnegative_int,
+                             positive_int, read_ahead, run, write_json)
+from models import LPIPS, Discriminator, SiT_models, build_model, load_encoder, mean_over_processes, patchify
+from sample import draw_grid, load_checkpoint, rng, save_vae
+
+
+# ---- The method
 
 
 def interpolate(x, noise, t):
@@ -55,56 +56,54 @@ def alignment_loss(prediction, target, objective="smooth_l1", beta=0.05):
     return loss.mean(dim=(1, 2))
 
 
-def training_losses(model, batch, args, ema, encoder):
+def training_losses(model, ema, batch, args):
     """Each image's terms of Eq. 8 before weighting, in float32: {"denoising" and each head's name: (B,)}.
 
-    batch: see `make_batch`; ema: the averaged model, SRA's teacher; encoder: REPA's.
+    ema: the averaged model, SRA's teacher; batch: see `make_batch`.
     """
     x, noise, t, y = batch["x"], batch["noise"], batch["t"], batch["y"]
     x_t, v = interpolate(x, noise, t)
     v_pred, heads = model(x_t, t, y, return_align=True)  # heads: their predictions, {name: (B, N, dim)}
     losses = {"denoising": (v_pred.float() - v).square().mean(dim=(1, 2, 3))}  # Eq. 4
     if "vae_repa" in heads:  # VAE-REPA, Eq. 7: the target is the clean latent itself, as patches
-        target = patchify(x, ema.patch_size)
-        loss = alignment_loss(heads["vae_repa"], target, args.vae_repa_loss, args.vae_repa_beta)
-        losses["vae_repa"] = loss * batch["interval_weight"]
+        x_pred, (low, high) = heads["vae_repa"], args.vae_repa_interval
+        loss = alignment_loss(x_pred, patchify(x, like=x_pred), args.vae_repa_loss, args.vae_repa_beta)
+        losses["vae_repa"] = loss * ((low <= t) & (t <= high)) / (high - low)  # [0, 1] by default
     if "repa" in heads:  # REPA: the target is an image encoder's patch tokens
-        losses["repa"] = alignment_loss(heads["repa"], encoder(batch["images"]), "cosine")
+        losses["repa"] = alignment_loss(heads["repa"], batch["tokens"], "cosine")
     if "sra" in heads:  # SRA: the target is a later block of the EMA model, which sees less noise
         x_teacher, _ = interpolate(x, noise, batch["t_teacher"])
-        target = ema.block_output(x_teacher, batch["t_teacher"], y, args.sra_teacher_depth)
+        with torch.no_grad():
+            target, _ = ema.early_blocks(x_teacher, batch["t_teacher"], y, args.sra_teacher_depth)
         losses["sra"] = alignment_loss(heads["sra"], target)
     return losses
 
 
-def loss_weight(name, args, epoch=0):
-    """lambda of Eq. 8, the flag --NAME-weight; SRA's falls to a tenth every 1000 epochs after epoch 149."""
-    if name == "denoising":
-        return 1.0
-    weight = getattr(args, f"{name}_weight")
-    return weight * 0.1 ** (max(epoch - 149, 0) / 1000) if name == "sra" else weight
+def loss_weights(args, epoch):
+    """lambda of Eq. 8 for each term; SRA's falls to a tenth every 1000 epochs after epoch 149."""
+    return {"denoising": 1.0, "vae_repa": args.vae_repa_weight, "repa": args.repa_weight,
+            "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000)}
 
 
-def training_step(model, ema, optimizer, encoder, batch, args, epoch):
+def training_step(model, ema, optimizer, batch, args, epoch):
     """One optimizer step on this process's images; model may be wrapped in DDP.
 
     Returns scalars by name: the means of their losses before weighting, and "grad_norm" over all processes.
     """
-    raw_model, local_batch, means = getattr(model, "module", model), len(batch["x"]), {}
-    micros = micro_batches(batch, args)
+    weights, means, micros = loss_weights(args, epoch), {}, micro_batches(batch, args)
     for micro in micros:
-        last = micro is micros[-1]  # only then does DDP average the gradients
-        with contextlib.nullcontext() if last or model is raw_model else model.no_sync():
-            with torch.autocast(batch["x"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                losses = training_losses(model, micro, args, ema, encoder)
-            losses = {name: loss.sum() / local_batch for name, loss in losses.items()}
-            sum(loss_weight(name, args, epoch) * loss for name, loss in losses.items()).backward()  # Eq. 8
+        wait = isinstance(model, DDP) and micro is not micros[-1]  # with averaging gradients
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with autocast(batch["x"].device, args):
+                losses = training_losses(model, ema, micro, args)
+            losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
+            sum(weights[name] * loss for name, loss in losses.items()).backward()  # Eq. 8
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+    means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    update_ema(ema, raw_model, args.ema_decay)
-    return {**means, "grad_norm": grad_norm}
+    update_ema(ema, model, args.ema_decay)
+    return means
 
 
 def micro_batches(batch, args):
@@ -113,30 +112,97 @@ def micro_batches(batch, args):
     return [dict(zip(batch, part)) for part in parts]
 
 
+def autocast(device, args):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model: parameters, and REPA-E's statistics of latents."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    if hasattr(model, "bn"):
-        torch._foreach_lerp_(list(ema.bn.buffers()), list(model.bn.buffers()), 1 - decay)
+    """ema <- decay * ema + (1 - decay) * model: parameters, and buffers, which are constants or REPA-E's."""
+    averages, values = ([*each.parameters(), *each.buffers()] for each in (ema, model))
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
-def vae_losses(tuned, model, encoder, batch, args):
-    """Latents z of REPA-E's VAE, and each image's terms of its loss and its discriminator's: {name: (B,)}.
+# ---- The batch
 
-    tuned: {"vae", "gan", "lpips"}, the latter two if they have weight; model: SiT, not wrapped in DDP.
+
+def make_batch(stored, step, null_class, args, local, device):
+    """What `training_losses` needs of b images, the slice `local` of the global batch: {name: (b, …)}.
+
+    stored: from `Latents.read`; extras in it go into the batch as they are. Random numbers are drawn for the
+    whole batch and depend on (seed, step) alone: neither a resume nor the number of processes changes them.
+    """
+    pin = device.type == "cuda"  # so that copies do not wait for the GPU
+    batch = {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in stored.items()}
+    mean, std = batch.pop("mean"), batch.pop("std")
+    g, size = rng([args.seed, 1], step, device), args.batch_size
+    eps, noise = torch.randn(2, size, *mean.shape[1:], generator=g, device=device)
+    t, u_drop, u_teacher = torch.rand(3, size, generator=g, device=device)
+    t_teacher = (t - args.sra_t_max * u_teacher).clamp(min=0)
+    y = torch.where(u_drop[local] < args.label_dropout, null_class, batch["labels"])
+    return {**batch, "x": mean + std * eps[local], "noise": noise[local], "t": t[local], "y": y,
+            "t_teacher": t_teacher[local], "eps": eps[local]}
+
+
+def image_tokens(encoder, batch, args):
+    """REPA's target (b, N, dim): the encoder's patch tokens of the batch's images."""
+    with autocast(batch["images"].device, args):
+        return torch.cat([encoder(images) for images in batch["images"].split(args.micro_batch)])
+
+
+# ---- REPA-E, with --tune-vae
+
+
+def load_tuned(args, facts):
+    """The modules {"vae", "gan", "lpips"} of `vae_step`, tried on a grey image; raises ValueError.
+
+    vae: the one that made the latents; the others only if they have weight.
+    """
+    tuned, source, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
+    try:
+        vae, image = load_vae(source), torch.zeros(1, 3, size, size)
+        if args.vae_from_scratch:
+            vae = type(vae).from_config(vae.config).eval()
+        tuned["vae"] = vae.requires_grad_()
+        with torch.no_grad():
+            posterior = getattr(vae.encode(image), "latent_dist", None)
+            if not posterior:
+                raise ValueError("it has no Gaussian posterior")
+            if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
+                raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
+            vae.decode(posterior.mean).sample - image  # of one size
+            if args.gan_weight:
+                source, tuned["gan"] = "a discriminator", Discriminator()
+                tuned["gan"](image)
+                if source := args.disc_init:
+                    tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
+            if args.lpips_weight:
+                vgg, lin = args.lpips_weights
+                source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
+                tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
+                tuned["lpips"](image, image)
+    except Exception as error:  # hub, config, weights, sizes
+        raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
+    return tuned
+
+
+def vae_losses(tuned, model, batch, args):
+    """Latents z of the VAE, and each image's terms of its loss and its discriminator's: {name: (B,)}.
+
+    tuned: see `load_tuned`; model: SiT, not wrapped in DDP.
     """
     images, t = batch["images"].float() / 127.5 - 1, batch["t"]
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    with autocast(images.device, args):
         posterior = tuned["vae"].encode(images).latent_dist
         posterior = type(posterior)(posterior.parameters.float())
         z = posterior.mean + posterior.std * batch["eps"]
         decoded = tuned["vae"].decode(z).sample
         x_t, _ = interpolate(model.bn(z), batch["noise"], t)
-        prediction, target = model.align(x_t, t, batch["labels"], "repa"), encoder(batch["images"])
+        h, c = model.early_blocks(x_t, t, batch["labels"], args.repa_depth)  # no label dropped
+        prediction = model.heads["repa"](h, c)
     decoded = decoded.float()
     losses = {"l1": (decoded - images).abs().mean(dim=(1, 2, 3)), "kl": posterior.kl(),
-              "tune_repa": alignment_loss(prediction, target, "cosine")}  # reaches the encoder through SiT
+              "tune_repa": alignment_loss(prediction, batch["tokens"], "cosine")}  # through SiT to the encoder
     if "lpips" in tuned:
         losses["lpips"] = tuned["lpips"](decoded, images)
     if "gan" in tuned:
@@ -146,74 +212,35 @@ def vae_losses(tuned, model, encoder, batch, args):
     return z, losses
 
 
-def tune_vae(tuned, model, encoder, batch, args):
-    """REPA-E's part of a step: batch["x"] becomes the VAE's latents, normalised over the global batch, and
-    detached, as the diffusion loss would make them collapse; VAE and discriminator get gradients.
+def vae_step(tuned, model, batch, args):
+    """REPA-E's part of a step, which gives VAE and discriminator their gradients: (x, scalars by name).
 
-    With these, the optimizer in `training_step` updates both along with SiT. That equals REPA-E's three
-    updates in a row: none of their gradients sees another's update. Returns scalars by name.
+    x: the VAE's latents, normalised over the global batch, and detached, as the diffusion loss would make
+    them collapse. The optimizer in `training_step` then updates both along with SiT. That equals REPA-E's
+    three updates in a row: none of their gradients sees another's update.
     """
+    weights = {"l1": args.l1_weight, "kl": args.kl_weight, "tune_repa": args.tune_repa_weight,
+               "lpips": args.lpips_weight, "gan": args.gan_weight}
     latents, means = [], {}
     for micro in micro_batches(batch, args):
-        z, losses = vae_losses(tuned, model, encoder, micro, args)
+        z, losses = vae_losses(tuned, model, micro, args)
         latents.append(z.detach())
         losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
         if "gan" in tuned:
             losses.pop("discriminator").backward()
-        loss = sum(loss_weight(name, args) * loss for name, loss in losses.items())
+        loss = sum(weights[name] * loss for name, loss in losses.items())
         loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
     for name, module in tuned.items():
-        weights = [p for p in module.parameters() if p.grad is not None]
-        for p in weights:
+        trained = [p for p in module.parameters() if p.grad is not None]
+        for p in trained:
             mean_over_processes(p.grad)
-        if weights:  # LPIPS has none
-            means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
-    batch["x"] = model.bn.update(torch.cat(latents))
-    return means
+        if trained:  # LPIPS has none
+            means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+    return model.bn.update(torch.cat(latents)), means
 
 
-def step_rows(facts, args, step):
-    """Rows (batch_size,) of a step's global batch, cut from an endless series of shuffled epochs."""
-    count, positions = facts["count"], np.arange(step * args.batch_size, (step + 1) * args.batch_size)
-    epochs, places = np.divmod(positions, count)
-    rows = [epoch_order(count, args.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-    return np.concatenate(rows)
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(count, seed, epoch):
-    return np.random.default_rng([seed, 2, epoch]).permutation(count)
-
-
-def make_batch(stored, step, facts, args, local, device):
-    """What `training_losses` needs of b images, the slice `local` of the global batch: {name: (b, …)}.
-
-    stored: from `Latents.read`. Random numbers are drawn for the whole batch and depend on (seed, step)
-    alone: neither a resume nor the number of processes changes them.
-    """
-    pin = device.type == "cuda"  # so that copies do not wait for the GPU
-    mean, std, y, *images = ((x.pin_memory() if pin else x).to(device, non_blocking=True) for x in stored)
-    g, size = rng([args.seed, 1], step, device), args.batch_size
-    eps, noise = torch.randn(2, size, *facts["latent_shape"], generator=g, device=device)
-    t, u_drop, u_teacher = torch.rand(3, size, generator=g, device=device)
-    low, high = args.vae_repa_interval
-    inside = ((low <= t) & (t <= high)).float()
-    inside *= size / inside.sum().clamp(min=1)  # a mean over the batch is then one over the images inside
-    batch = {"x": mean + std * eps[local], "noise": noise[local], "t": t[local],
-             "y": torch.where(u_drop[local] < args.label_dropout, facts["num_classes"], y),  # the null class
-             "interval_weight": inside[local],
-             "t_teacher": (t - args.sra_t_max * u_teacher).clamp(min=0)[local],
-             "eps": eps[local], "labels": y}  # REPA-E's: none dropped
-    return {**batch, "images": images[0]} if images else batch
-
-
-def compile_layers(model, ema, args):
-    """Compile layer by layer, which is quick, for fixed sizes: sample grids have others."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph in three
-    teacher = ema.blocks[: args.sra_teacher_depth] if args.sra_depth else []
-    for layer in (*model.blocks, *model.heads.values(), model.final_layer, *teacher):
-        layer.compile(dynamic=False)
+# ---- Logs and checkpoints
 
 
 def check_finite(done, history):
@@ -227,23 +254,43 @@ def log_line(done, history, images_per_s):
     """A line of log.jsonl: means over the steps in history and the processes."""
     rows = torch.stack([torch.stack(list(scalars.values())) for scalars in history])  # (steps, scalars)
     means = mean_over_processes(rows.mean(dim=0))
-    return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": rows[:, -1].max().item(),
+    largest = torch.stack([scalars["grad_norm"] for scalars in history]).max()
+    return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": largest.item(),
             "images_per_s": images_per_s, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def draw_grid(ema, vae, facts, args, path):
-    """Rows of 4 images of up to 10 classes, always from the same noise, guided as in Fig. 4."""
-    classes = np.linspace(0, facts["num_classes"] - 1, min(facts["num_classes"], 10)).astype(int)
-    y = np.repeat(classes, 4)
-    facts = facts_of(facts, ema.state_dict())
-    images = sample_images(ema, vae, facts, range(len(y)), y, args.seed, args.precision,
-                           mode="ode", num_steps=50, cfg_scale=4.0 if args.label_dropout else 1.0)
-    save_grid(images.cpu().numpy(), 4, path)
 
 
 def save(path, checkpoint):
     with atomic_write(path) as file:
         torch.save(checkpoint, file)  # tensors, numbers, dicts: loads weights-only
+
+
+def save_checkpoints(run_dir, step, numbered, settings, model, ema, tuned, optimizer):
+    """Write state.pt, which a resume needs, and if numbered checkpoints/STEP.pt, which samples."""
+    checkpoint = {"ema": ema.state_dict(), "step": step, "settings": settings}
+    if numbered:
+        path = run_dir / "checkpoints" / f"{step:07d}.pt"
+        if tuned:
+            save_vae(path, tuned["vae"], checkpoint["ema"])
+        save(path, checkpoint)
+    checkpoint |= {"model": model.state_dict(), "opt": optimizer.state_dict()}
+    if tuned:
+        checkpoint["tuned"] = tuned.state_dict()
+    save(run_dir / "state.pt", checkpoint)
+
+
+def resume(path, model, ema, tuned, optimizer):
+    """The step of the state.pt at path, loaded into these; 0 if there is none."""
+    if not path.exists():
+        return 0
+    try:
+        state = load_checkpoint(path)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        tuned.load_state_dict(state.get("tuned", {}))
+        optimizer.load_state_dict(state["opt"])
+        return int(state["step"])
+    except Exception as error:  # files can be wrong in many ways
+        fail(f"{path} does not fit this model and these latents: {first_line(error)}")
 
 
 def start_wandb(args, settings):
@@ -272,10 +319,11 @@ def any_signal():
     return bool(noted)
 
 
-def nonnegative_float(text):
-    if not float(text) >= 0:
-        raise ValueError
-    return float(text)
+# ---- Flags
+
+# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
+ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8, "SiT-B": 2, "SiT-S": 2, "SiT-Ti": 2}
+SRA_DEPTHS = {"SiT-XL": (8, 20), "SiT-L": (6, 16), "SiT-B": (3, 8), "SiT-S": (3, 8), "SiT-Ti": (2, 4)}
 
 
 def parse_args():
@@ -297,7 +345,6 @@ def parse_args():
     add("--repa-weight", type=nonnegative_float, default=0.5, help="lambda")
     add("--repa-encoder", default="dinov2_vitb14",
         help="name in torch.hub's facebookresearch/dinov2, or FILE.pt2, a program of torch.export")
-    add("--repa-hub", metavar="DIR", help="clone of it with REPA_ENCODER_pretrain.pth inside")
     add = parser.add_argument_group("SRA").add_argument
     add("--sra-depth", type=nonnegative_int, default=0, help="block to align (SRA: XL 8, L 6, B 3); 0 is off")
     add("--sra-weight", type=nonnegative_float, default=0.2, help="lambda until epoch 149, then falling")
@@ -331,16 +378,17 @@ def parse_args():
     add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
     args = parser.parse_args()
 
-    size = args.model.split("-")[1].split("/")[0]
-    args.vae_repa_depth = ALIGN_DEPTHS[size] if args.vae_repa_depth is None else args.vae_repa_depth
-    for name in list(vars(args)):
-        if name.endswith("_depth") and not getattr(args, name.replace("_depth", "_weight"), 1):
-            setattr(args, name, 0)  # weight 0 builds no head either
+    size = args.model.split("/")[0]
+    if args.vae_repa_depth is None:
+        args.vae_repa_depth = ALIGN_DEPTHS[size]
+    args.vae_repa_depth *= args.vae_repa_weight > 0  # weight 0 builds no head either
+    args.repa_depth *= args.repa_weight > 0
+    args.sra_depth *= args.sra_weight > 0
     if args.sra_depth:
         args.sra_teacher_depth = args.sra_teacher_depth or SRA_DEPTHS[size][1]
     low, high = args.vae_repa_interval
-    if low > high:
-        fail(f"--vae-repa-interval {low} {high} must have LO <= HI")
+    if low >= high:
+        fail(f"--vae-repa-interval {low} {high} must have LO < HI")
     if args.tune_vae and not args.repa_depth or args.vae_from_scratch and not args.tune_vae:
         fail("--tune-vae needs REPA (--repa-depth, --repa-weight), and --vae-from-scratch needs --tune-vae")
     args.run_dir = args.run_dir or default_run_dir(args, parser)
@@ -354,7 +402,7 @@ def parse_args():
 
 # flags that a resume may change; of --data, the facts are compared and not the path
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "repa_hub", "lpips_weights", "wandb")
+        "sample_every", "lpips_weights", "wandb")
 
 
 def default_run_dir(args, parser):
@@ -364,50 +412,21 @@ def default_run_dir(args, parser):
     return "runs/" + "_".join(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)
 
 
-@torch.no_grad()
-def load_tuned(args, facts):
-    """The modules {"vae", "gan", "lpips"} for `tune_vae`, tried on a grey image; raises ValueError."""
-    tuned, source, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
-    try:
-        vae, image = load_vae(source), torch.zeros(1, 3, size, size)
-        if args.vae_from_scratch:
-            vae = type(vae).from_config(vae.config).eval()
-        tuned["vae"] = vae.requires_grad_()
-        posterior = getattr(vae.encode(image), "latent_dist", None)
-        if not posterior:
-            raise ValueError("it has no Gaussian posterior")
-        if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
-            raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
-        vae.decode(posterior.mean).sample - image  # of one size
-        if args.gan_weight:
-            source, tuned["gan"] = "a discriminator", Discriminator()
-            tuned["gan"](image)
-            if source := args.disc_init:
-                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
-        if args.lpips_weight:
-            vgg, lin = args.lpips_weights
-            source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
-            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
-            tuned["lpips"](image, image)
-    except Exception as error:  # hub, config, weights, sizes
-        raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
-    return tuned
+# ---- The run
 
 
-def prepare(args):
-    """Every check, before the GPU is touched: (latents, settings, model, EMA, `load_tuned`'s, and each or
-    None: the saved state, REPA's encoder, the VAE for grids).
+def build(args, facts):
+    """(model, EMA model, REPA's encoder or None, `load_tuned`'s modules, settings) as the flags ask, new and on
+    the CPU. settings: what a checkpoint keeps, from which `build_model` builds the model again.
     """
-    run_dir, encoder, vae, tuned = Path(args.run_dir), None, None, torch.nn.ModuleDict()
-    latents = Latents(args.data, with_images=args.repa_depth > 0)
-    settings = {**vars(args), "data": latents.facts}
-    first = int(os.environ.get("RANK", 0)) == 0
+    encoder, tuned = None, torch.nn.ModuleDict()
+    settings = {**vars(args), "data": facts}
     try:
         if args.repa_depth:
-            encoder = load_encoder(args.repa_encoder, args.repa_hub, latents.facts["image_size"])
+            encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
         torch.manual_seed(args.seed)
-        model = build_model(settings, heads=True)
+        model = build_model(settings)
         side = model.input_size // model.patch_size
         if encoder and encoder.side != side:
             raise ValueError(f"the encoder has {encoder.side}x{encoder.side} tokens, SiT {side}x{side}")
@@ -415,52 +434,49 @@ def prepare(args):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
         if args.tune_vae:
-            tuned = load_tuned(args, latents.facts)
+            tuned = load_tuned(args, facts)
             if not args.vae_from_scratch:
-                model.bn.running_mean.copy_(torch.from_numpy(latents.shift).flatten())
-                model.bn.running_var.copy_(torch.from_numpy(latents.scale).flatten() ** -2)
+                model.bn.start(facts["shift"], facts["scale"])
     except ValueError as error:
         fail(first_line(error))
-    flat = {**settings, **latents.facts, "data": args.data}
-    path, state = run_dir / "settings.json", None
-    if path.exists():
-        check_same_settings(path, {key: flat[key] for key in flat if key not in (*FREE, "data")})
-    try:
-        path = run_dir / "state.pt"
-        if path.exists():
-            state = load_checkpoint(path)
-            model.load_state_dict(state["model"])
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
-        if state:
-            ema.load_state_dict(state["ema"])
-            tuned.load_state_dict(state.get("tuned", {}))
-            weights = [*model.parameters(), *tuned.parameters()]
-            torch.optim.AdamW(weights).load_state_dict(state["opt"])  # only a check
-            state = {"step": int(state["step"]), "opt": state["opt"]}
-        if first and 0 < args.sample_every <= args.max_steps:
-            path = latents.facts["vae"]
-            vae = tuned["vae"] if tuned else load_vae(path)
-    except Exception as error:  # files can be wrong in many ways
-        fail(f"{path} does not fit {args.model} and these latents: {first_line(error)}")
-    if first:
-        lock(run_dir / "lock", run_dir)
-        write_json(run_dir / "settings.json", flat)
-    return latents, settings, model, ema, tuned, state, encoder, vae
+    return model, copy.deepcopy(model).eval().requires_grad_(False), encoder, tuned, settings
+
+
+def compile_layers(model, ema, args):
+    """Compile layer by layer, which is quick, for fixed sizes: sample grids have others."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph in three
+    teacher = ema.blocks[: args.sra_teacher_depth] if args.sra_depth else []
+    for layer in (*model.blocks, *model.heads.values(), model.final_layer, *teacher):
+        layer.compile(dynamic=False)
 
 
 def main():
+    # checks, on the CPU
     args = parse_args()
-    latents, settings, raw_model, ema, tuned, state, encoder, vae = prepare(args)
-    facts, run_dir, start = latents.facts, Path(args.run_dir), state["step"] if state else 0
+    latents = Latents(args.data, extras=["images"] if args.repa_depth else [])
+    facts, run_dir, first = latents.facts, Path(args.run_dir), int(os.environ.get("RANK", 0)) == 0
+    raw_model, ema, encoder, tuned, settings = build(args, facts)
+    trained = [*raw_model.parameters(), *tuned.parameters()]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
+    if (run_dir / "settings.json").exists():
+        check_same_settings(run_dir / "settings.json", flat)
+    start, vae = resume(run_dir / "state.pt", raw_model, ema, tuned, optimizer), None
+    if first and 0 < args.sample_every <= args.max_steps:
+        try:
+            vae = tuned["vae"] if tuned else load_vae(facts["vae"])
+        except Exception as error:  # of many kinds
+            fail(f"the VAE {facts['vae']}, to draw sample grids: {first_line(error)} (--sample-every 0 does without)")
+    if first:
+        lock(run_dir / "lock", run_dir)
+        write_json(run_dir / "settings.json", settings)
 
+    # to the GPU
     rank, world_size, device = init_distributed()
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)
-    trained = [*raw_model.parameters(), *tuned.parameters()]
-    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
-    if state:
-        optimizer.load_state_dict(state.pop("opt"))
+    optimizer.load_state_dict(optimizer.state_dict())  # moves it to where the weights are
     if args.compile:
         compile_layers(raw_model, ema, args)
     model = raw_model
@@ -474,19 +490,23 @@ def main():
     if rank == 0:
         print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
 
+    # the loop
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(signal.Signals(number).name))
     local_batch = args.batch_size // world_size
     local = slice(rank * local_batch, (rank + 1) * local_batch)  # of each global batch
     steps = range(start, args.max_steps)
-    rows = (step_rows(facts, args, step)[local] for step in steps)
+    rows = (latents.rows(step, args.batch_size, args.seed)[local] for step in steps)
     progress = tqdm(steps, "training", args.max_steps, initial=start, disable=rank > 0)
     history, done, clock = [], start, time.perf_counter()  # history: since the last log line
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
-        batch = make_batch(stored, step, facts, args, local, device)
+        batch, scalars = make_batch(stored, step, raw_model.null_class, args, local, device), {}
+        if encoder:
+            batch["tokens"] = image_tokens(encoder, batch, args)
+        if tuned:
+            batch["x"], scalars = vae_step(tuned, raw_model, batch, args)
         epoch = step * args.batch_size // facts["count"]
-        scalars = tune_vae(tuned, raw_model, encoder, batch, args) if tuned else {}
-        history.append(scalars | training_step(model, ema, optimizer, encoder, batch, args, epoch))
+        history.append(scalars | training_step(model, ema, optimizer, batch, args, epoch))
 
         done, stop = step + 1, any_signal()
         log, numbered, resumable, draw = (every and done % every == 0 for every in (
@@ -501,19 +521,11 @@ def main():
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
-            checkpoint = {"ema": ema.state_dict(), "step": done, "settings": settings}
-            if numbered:
-                path = run_dir / "checkpoints" / f"{done:07d}.pt"
-                if tuned:
-                    save_vae(path, tuned["vae"], checkpoint["ema"])
-                save(path, checkpoint)
-            checkpoint |= {"model": raw_model.state_dict(), "opt": optimizer.state_dict()}
-            if tuned:
-                checkpoint["tuned"] = tuned.state_dict()
-            save(run_dir / "state.pt", checkpoint)
+            save_checkpoints(run_dir, done, numbered, settings, raw_model, ema, tuned, optimizer)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
-            draw_grid(ema, vae, facts, args, grid)
+            draw_grid(grid, ema, vae, facts, args.seed, args.precision,
+                      cfg_scale=4.0 if args.label_dropout else 1.0)  # Fig. 4's
         if wandb and log:
             wandb.log(line, step=done)
         if wandb and draw:

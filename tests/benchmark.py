@@ -48,8 +48,8 @@ import extract_latents  # these are found only now
 import fid
 import sample
 import train
-from extract_latents import Parser, fail, positive_int, read_ahead, write_json
-from models import ALIGN_DEPTHS, SRA_DEPTHS, Encoder, SiT_models, build_model, encode, load_vae
+from extract_latents import Parser, encode, fail, load_vae, positive_int, read_ahead, write_json
+from models import Encoder, SiT_models, build_model
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
 PAPER_ROWS = "external, M", "head, M", ON_8, "GFLOPs", FORWARD  # Table 4, on H100s
@@ -110,16 +110,16 @@ def command(*words):
 
 def train_args(method, args, *flags):
     """train.py's flags for a method."""
-    size = args.model.split("-")[1].split("/")[0]
-    encoder = "dinov2_vitt14" if size == "Ti" else "dinov2_vitl14"  # the table's is L
-    depth = {"plain": [], "VAE-REPA": ["--vae-repa-depth", ALIGN_DEPTHS[size]],
-             "REPA": ["--repa-depth", ALIGN_DEPTHS[size], "--repa-encoder", encoder],
-             "SRA": ["--sra-depth", SRA_DEPTHS[size][0]]}[method]
+    size = args.model.split("/")[0]
+    encoder = "dinov2_vitt14" if size == "SiT-Ti" else "dinov2_vitl14"  # the table's is L
+    depth = {"plain": [], "VAE-REPA": ["--vae-repa-depth", train.ALIGN_DEPTHS[size]],
+             "REPA": ["--repa-depth", train.ALIGN_DEPTHS[size], "--repa-encoder", encoder],
+             "SRA": ["--sra-depth", train.SRA_DEPTHS[size][0]]}[method]
     with command("train", "--model", args.model, "--vae-repa-depth", 0, *depth, *flags):
         return train.parse_args()
 
 
-def random_encoder(name, hub=None, image_size=IMAGE_SIZE):
+def random_encoder(name, image_size=IMAGE_SIZE):
     """In the place of models.load_encoder: REPA's encoder with random weights."""
     return Encoder(torch.hub.load(str(DINOV2), name, source="local", pretrained=False), image_size)
 
@@ -132,13 +132,13 @@ def count_work(args):
     """
     with torch.device("meta"):
         encoder = random_encoder(args.repa_encoder) if args.repa_depth else None
-        model = build_model({**vars(args), "data": DATA, "repa_dim": encoder and encoder.dim}, heads=True)
+        model = build_model({**vars(args), "data": DATA, "repa_dim": encoder and encoder.dim})
         inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         own, external, parts = count_macs(model, *inputs, return_align=True), (0, 0), []
         if args.repa_depth:
             external, parts = count_macs(encoder, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)), [encoder]
         elif args.sra_depth:
-            external, blocks = count_macs(model.block_output, *inputs, args.sra_teacher_depth), model.blocks
+            external, blocks = count_macs(model.early_blocks, *inputs, args.sra_teacher_depth), model.blocks
             parts = model.x_embedder, model.t_embedder, model.y_embedder, *blocks[: args.sra_teacher_depth]
     return {"external, M": sum(p.numel() for part in parts for p in part.parameters()) / 1e6,
             "head, M": sum(p.numel() for p in model.heads.parameters()) / 1e6,
@@ -171,13 +171,14 @@ def least_seconds(work, images, rates):
     return 1e9 * work["operations of a step, G"] * images / products, 40e6 * work["trained, M"] / copies
 
 
-def prepare(method, args, folder, *sizes):
+def build(method, args, folder, *sizes):
     """({size: train.py's arguments}, latents, model, EMA model, REPA's encoder or None)."""
     flags = ("--data", folder, "--run-dir", f"{folder}/{method} {sizes[0]}", "--sample-every", 0,
              "--micro-batch", args.micro_batch, "--precision", args.precision, "--batch-size")
     run_args = {n: train_args(method, args, *flags, n) for n in sizes}
+    latents = extract_latents.Latents(folder, extras=["images"] if method == "REPA" else [])
     with mock.patch.object(train, "load_encoder", random_encoder):
-        latents, _, model, ema, _, _, encoder, _ = train.prepare(run_args[sizes[0]])
+        model, ema, encoder, *_ = train.build(run_args[sizes[0]], latents.facts)
     return run_args, latents, model, ema, encoder
 
 
@@ -187,16 +188,16 @@ class Run:
     def __init__(self, method, args, folder, *sizes):
         held, started, first = torch.cuda.memory_allocated(), time.perf_counter(), sizes[0]
         self.device, self.step = args.device, 0
-        self.args, latents, self.model, self.ema, self.encoder = prepare(method, args, folder, *sizes)
+        self.args, latents, self.model, self.ema, self.encoder = build(method, args, folder, *sizes)
         for module in filter(None, (self.model, self.ema, self.encoder)):
             module.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=0, fused=True)
         torch.compiler.reset()  # else a method would not pay for layers that an earlier one compiled
         if args.compile:
             train.compile_layers(self.model, self.ema, self.args[first])
-        self.facts, self.stored = latents.facts, {}
-        for n, run_args in self.args.items():
-            rows = map(partial(train.step_rows, self.facts, run_args), itertools.count())
+        self.stored = {}
+        for n in self.args:
+            rows = map(partial(latents.rows, batch_size=n, seed=0), itertools.count())
             self.stored[n] = read_ahead(latents.read, rows, threads=4)
         self.kept = next(self.stored[first])  # a batch to repeat
         with fresh_inductor_cache():
@@ -208,24 +209,30 @@ class Run:
             timed(partial(self.take_steps, 2, size))
         self.peak_gib = (torch.cuda.max_memory_allocated() - held) / 2**30
 
-    def batch(self, stored, size):
-        return train.make_batch(stored, self.step, self.facts, self.args[size], slice(0, size), self.device)
+    def batch(self, stored, args):
+        local, null_class = slice(0, args.batch_size), self.model.null_class
+        return train.make_batch(stored, self.step, null_class, args, local, self.device)
+
+    def add_tokens(self, batch, args):
+        if self.encoder:
+            batch["tokens"] = train.image_tokens(self.encoder, batch, args)
+        return batch
 
     def take_steps(self, steps, size, repeated=None):
         """Training steps of `size` images read from disk, or of one batch that is repeated."""
+        args = self.args[size]
         for _ in range(steps):
-            batch = self.batch(repeated or next(self.stored[size]), size)
-            train.training_step(self.model, self.ema, self.optimizer, self.encoder, batch, self.args[size], 0)
+            batch = self.add_tokens(self.batch(repeated or next(self.stored[size]), args), args)
+            train.training_step(self.model, self.ema, self.optimizer, batch, args, 0)
             self.step += 1
 
     @torch.no_grad()
     def forward_one(self):
         """The forward passes of one image, eager: model, heads, REPA's encoder, SRA's teacher."""
-        size, args = next(iter(self.args.items()))
-        batch = {name: values[:1] for name, values in self.batch(self.kept, size).items()}
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        with torch.compiler.set_stance("force_eager"), autocast:
-            train.training_losses(self.model, batch, args, self.ema, self.encoder)
+        args = next(iter(self.args.values()))
+        batch = {name: values[:1] for name, values in self.batch(self.kept, args).items()}
+        with torch.compiler.set_stance("force_eager"), train.autocast(self.device, args):
+            train.training_losses(self.model, self.ema, self.add_tokens(batch, args), args)
 
 
 def measure_train(args, folder):
@@ -331,17 +338,19 @@ def computed_bytes(method, args, folder):
     """
     torch.compiler.reset()
     args.micro_batch = 4
-    run_args, latents, model, ema, encoder = prepare(method, args, folder, 4)
+    run_args, latents, model, ema, encoder = build(method, args, folder, 4)
     if args.compile:  # the compiler's choice of what is saved and what computed again, without its kernels
         partition = partial(torch.compile, backend="aot_eager_decomp_partition")
         with mock.patch.object(torch, "compile", partition):
             train.compile_layers(model, ema, run_args[4])
     stored, saved = latents.read(range(4)), {}
-    batch = train.make_batch(stored, 0, latents.facts, run_args[4], slice(4), args.device)
+    batch = train.make_batch(stored, 0, model.null_class, run_args[4], slice(4), args.device)
+    if encoder:
+        batch["tokens"] = train.image_tokens(encoder, batch, run_args[4])
     for n in (2, 4):
         part = {name: values[:n] for name, values in batch.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            saved[n] = saved_bytes(model, train.training_losses, model, part, run_args[4], ema, encoder)
+        with train.autocast(args.device, args):
+            saved[n] = saved_bytes(model, train.training_losses, model, ema, part, run_args[4])
     each = (saved[4] - saved[2]) / 2
     trained, external = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, encoder))
     return saved[2] - 2 * each + 20 * trained + 4 * external, each

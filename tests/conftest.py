@@ -4,6 +4,7 @@ definition of what a training step draws."""
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+DINOV2 = ROOT / "tests" / "data" / "dinov2"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 CUDA, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -118,6 +120,25 @@ def on_the_cpu():
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
+
+
+def tiny_encoder():
+    """What "dinov2_vitt14" is to the scripts in tests."""
+    torch.manual_seed(0)
+    return torch.hub.load(str(DINOV2), "dinov2_vitt14", source="local", pretrained=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub(tmp_path_factory):
+    """torch.hub's folder, as it is once a network with DINOv2's interface and its weights were downloaded."""
+    home = tmp_path_factory.mktemp("torch")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(DINOV2, home / "hub" / "facebookresearch_dinov2_main", ignore=ignored)
+    (home / "hub" / "checkpoints").mkdir()
+    torch.save(tiny_encoder().state_dict(), home / "hub" / "checkpoints" / "dinov2_vitt14_pretrain.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home))
+        yield home / "hub"
 
 
 @pytest.fixture

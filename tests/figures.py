@@ -27,9 +27,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402  (these are found only now)
-from extract_latents import (Latents, Parser, atomic_write, fail, first_line, fraction,  # noqa: E402
-                             init_distributed, positive_int, run, write_json)
-from models import decode, load_encoder, load_program, load_vae  # noqa: E402
+from extract_latents import (Latents, Parser, atomic_write, decode, fail, first_line, fraction,  # noqa: E402
+                             init_distributed, load_vae, positive_int, run, write_json)
+from models import load_encoder, load_program  # noqa: E402
 from sample import load_model, randn_like, rng  # noqa: E402
 from train import interpolate  # noqa: E402
 
@@ -236,7 +236,8 @@ def draw_features(args):
     rows, times = choose_rows(latents, args, at_least=2), sorted(set(args.t))
     shown = slice(args.images)  # of the rows
     _, _, device = init_distributed()
-    x, _, labels = latents.read(rows)
+    stored = latents.read(rows)
+    x, labels = stored["mean"], stored["labels"]
     latent = principal_components(x.movedim(1, 3))
     columns = [("", "image"), ("", "latent")]
     first_two = [decoded(latents, x[shown], device), colours(latent)]
@@ -260,15 +261,16 @@ def draw_cknna(args):
     """How far SiT's blocks agree with --target: CKNNA of both, averaged over the tokens, for --count images.
     Writes cknna.json and the plot cknna.png. SiT is given no label."""
     figure = new_figure(2.5 * len(set(args.t)) + 1, 3)
-    latents = Latents(args.data, with_images=args.target != "latents")
+    latents = Latents(args.data, extras=[] if args.target == "latents" else ["images"])
     models, times = load_models(args, latents), sorted(set(args.t))
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     _, _, device = init_distributed()
     encoder = load_target(args, latents, device)
     parts = []
     for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
-        x, _, labels, *images = latents.read(part)
-        parts.append((x, labels, target_features(args.target, encoder, device, x, *images)))
+        stored = latents.read(part)
+        features = target_features(args.target, encoder, device, stored)
+        parts.append((stored["mean"], stored["labels"], features))
     x, labels, target = map(torch.cat, zip(*parts))
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
     target = neighbours(target.to(where), args.k)
@@ -308,7 +310,7 @@ def draw_latents(args):
     _, _, device = init_distributed()
     table, pictures, reference = [], [], None
     for name, latents in sets.items():
-        x, _, _ = latents.read(rows)
+        x = latents.read(rows)["mean"]
         if latents is first:
             pictures.append(decoded(latents, x[shown], device))
         z = x / torch.from_numpy(latents.scale)  # less the shift, which changes nothing here
@@ -357,7 +359,7 @@ def block_outputs(model, x, rows, labels, t, layers, pool=False):
     for i in tqdm(range(0, len(x), BATCH), f"t = {t}"):
         batch = slice(i, i + BATCH)
         noise = randn_like(x[batch], [rng(0, int(row), "cpu") for row in rows[batch]])
-        y = labels[batch] if model.reads_labels else torch.full_like(labels[batch], model.num_classes)
+        y = labels[batch] if model.reads_labels else torch.full_like(labels[batch], model.null_class)
         times = torch.full(y.shape, t)
         x_t, _ = interpolate(x[batch], noise, times)
         h, c = model.embed(x_t.to(device), times.to(device), y.to(device))
@@ -374,18 +376,18 @@ def load_target(args, latents, device):
         if args.target.endswith(".pt2"):
             return load_program(args.target, device)
         if args.target != "latents":
-            return load_encoder(args.target, args.repa_hub, latents.facts["image_size"]).to(device)
+            return load_encoder(args.target, latents.facts["image_size"]).to(device)
     except Exception as error:  # of many kinds
         fail(f"--target {args.target} cannot be loaded: {first_line(error)}")
 
 
-def target_features(name, encoder, device, x, images=None):
-    """Features (B, D) of latents x (B, C, H, W) or images (B, 3, S, S), on the device."""
+def target_features(name, encoder, device, stored):
+    """Features (B, D), on the device, of what `Latents.read` gave: of the latents, or of the images."""
     if name == "latents":
-        return x.mean((2, 3)).to(device)
+        return stored["mean"].mean((2, 3)).to(device)
     if name.endswith(".pt2"):
-        return fid.run_network(encoder, images.permute(0, 2, 3, 1).numpy(), device)["features"]
-    return encoder(images.to(device)).mean(1)
+        return fid.run_network(encoder, stored["images"].permute(0, 2, 3, 1).numpy(), device)["features"]
+    return encoder(stored["images"].to(device)).mean(1)
 
 
 def decoded(latents, x, device):
@@ -503,7 +505,6 @@ def parse_args():
     add("--data", required=True, help="folder of extract_latents.py --store-images")
     add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a FILE.pt2 "
         "such as fid.py's --detector, or `latents`, which takes no images")
-    add("--repa-hub", metavar="DIR", help="train.py's: a clone with weights, in the place of torch.hub")
     add("--count", type=positive_int, default=10_000, help="images to compare")
     add("--k", type=positive_int, default=10, help="nearest neighbours")
     add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")

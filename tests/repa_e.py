@@ -31,9 +31,9 @@ vae_losses = train.vae_losses
 METHODS = {"fixed VAE": (), "REPA-E": TUNED, "diffusion loss": (*TUNED, "--tune-repa-weight", 1)}
 
 
-def naive_losses(tuned, model, encoder, batch, args):
+def naive_losses(tuned, model, batch, args):
     """`train.vae_losses`, with the diffusion loss in the place of REPA's."""
-    z, losses = vae_losses(tuned, model, encoder, batch, args)
+    z, losses = vae_losses(tuned, model, batch, args)
     x_t, v = train.interpolate(model.bn(z), batch["noise"], batch["t"])
     v_pred = model(x_t, batch["t"], batch["y"])
     return z, {**losses, "tune_repa": (v_pred - v).square().mean(dim=(1, 2, 3))}
@@ -73,7 +73,7 @@ def measure(folder, data, args):
     for name, images in (("samples", f"{checkpoint}.npz"), ("rfid", folder / "latents/reconstructions.npy")):
         call("fid.py", images, "--ref", data / "images", *fid, "--json", folder / f"{name}.json")
     latents = Latents(folder / "latents")
-    z = latents.read(range(latents.facts["count"]))[0] / torch.from_numpy(latents.scale)
+    z = latents.read(range(latents.facts["count"]))["mean"] / torch.from_numpy(latents.scale)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = {line["step"]: line for line in lines}[args.steps]
     generated, rebuilt = (json.loads((folder / f"{name}.json").read_text())["FID"]
@@ -96,9 +96,9 @@ def main():
          "--vae", "tests/data/vae", "--image-size", SIZE, "--store-images", "--num-workers", 1)
     out.mkdir(parents=True, exist_ok=True)
     export(Encoder(), out / "encoder.pt2", SIZE)
-    latents = Latents(data / "latents", with_images=True)
+    latents = Latents(data / "latents", extras=["images"])
     _, shown = np.unique(latents.labels, return_index=True)  # an image of each class
-    pictures = [latents.images[shown]]
+    pictures = [latents.arrays["images"][shown]]
     for method, flags in METHODS.items():
         folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps"
         script = ("tests/repa_e.py", "naive") if method == "diffusion loss" else ("train.py",)

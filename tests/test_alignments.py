@@ -9,38 +9,23 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, cli, drawn_numbers, process
+from conftest import TINY, cli, process, tiny_encoder
 from test_train import (BATCH, SHARED, STEPS, assert_as_plain, assert_close_run, assert_same_run, fit,
                         refused)
 
 import models
 import train
-from models import decode, load_vae
+from extract_latents import decode, load_vae
 
-DINOV2 = ROOT / "tests" / "data" / "dinov2"
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 METHODS = {"vae_repa": ("--vae-repa-depth", 2),
            "repa": ("--repa-depth", 3, "--repa-encoder", "dinov2_vitt14"),
            "sra": ("--sra-depth", 2, "--sra-teacher-depth", 4)}
 
 
-def tiny_encoder():
-    torch.manual_seed(0)
-    return torch.hub.load(str(DINOV2), "dinov2_vitt14", source="local", pretrained=False)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A local clone with the weights of its tiny encoder."""
-    folder = tmp_path_factory.mktemp("hub") / "dinov2"
-    shutil.copytree(DINOV2, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    torch.save(tiny_encoder().state_dict(), folder / "dinov2_vitt14_pretrain.pth")
-    return folder
-
-
-def flags_of(methods, hub):
+def flags_of(methods):
     off = () if "vae_repa" in methods else ("--vae-repa-depth", 0)
-    return [*off, *(word for name in methods for word in METHODS[name]), "--repa-hub", hub]
+    return [*off, *(word for name in methods for word in METHODS[name])]
 
 
 def test_preprocessing_by_hand():
@@ -72,9 +57,9 @@ def test_positions_are_resampled_smoothly():
     torch.testing.assert_close(models.resample_positions(table, 37), table)
 
 
-def test_the_encoders_tokens(monkeypatch, hub, tmp_path):
-    """The network's normalised patch tokens, by the weights that lie beside a clone's code."""
-    encoder = models.load_encoder("dinov2_vitt14", str(hub), 32)
+def test_the_encoders_tokens():
+    """The network's normalised patch tokens; code and weights come from torch.hub."""
+    encoder = models.load_encoder("dinov2_vitt14", 32)
     expected = models.Encoder(tiny_encoder(), 32)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = encoder(images)
@@ -88,19 +73,13 @@ def test_the_encoders_tokens(monkeypatch, hub, tmp_path):
         assert (encoder.input_size, encoder.side) == (14 * inside, inside)
         assert encoder.network.pos_embed.shape == (1, 1 + inside**2, 32)
 
-    asked, network = [], tiny_encoder()  # without a clone, of DINOv2's own repository
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "load", lambda *names, **how: asked.append((names, how)) or network)
-    assert models.load_encoder("dinov2_vitb14", None, 32).dim == 32
-    assert asked == [(("facebookresearch/dinov2", "dinov2_vitb14"), {"verbose": False})]
-
 
 @pytest.mark.parametrize("methods", [m for n in range(4) for m in combinations(METHODS, n)], ids="+".join)
-def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, data, hub, tmp_path, methods):
+def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, data, tmp_path, methods):
     """As a plain loop does; and what is said of methods that are off leaves no trace."""
-    epochs, weight = set(), train.loss_weight
-    monkeypatch.setattr(train, "loss_weight", lambda *of: epochs.add(of[2]) or weight(*of))
-    common = [*flags_of(methods, hub), "--lr", 1e-3, "--batch-size", 12, "--vae-repa-weight", 1.5]
+    epochs, weights = set(), train.loss_weights
+    monkeypatch.setattr(train, "loss_weights", lambda *of: epochs.add(of[1]) or weights(*of))
+    common = [*flags_of(methods), "--lr", 1e-3, "--batch-size", 12, "--vae-repa-weight", 1.5]
     common += [] if "repa" in methods else ["--repa-depth", 3, "--repa-weight", 0, "--repa-encoder", "none"]
     common += [] if "sra" in methods else ["--sra-depth", 2, "--sra-weight", 0]
     for name, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
@@ -111,13 +90,9 @@ def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, da
     assert_as_plain(data, tmp_path / "whole", 2, models.Encoder(tiny_encoder(), 32))
 
 
-def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, hub, tmp_path):
-    """Nor the mean over the images inside the interval, of all processes, nor the means in the log; and only
-    one process speaks to W&B."""
-    times = torch.stack([drawn_numbers(1, step, BATCH, (4, 8, 8))[2] for step in range(STEPS)])
-    inside = [(half <= 0.5).sum().item() for half in times.view(-1, BATCH // 2)]  # of each process
-    assert 0 in inside and inside[::2] != inside[1::2]  # where a mean per process would go wrong
-    common = (*flags_of(METHODS, hub), *SHARED)
+def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, tmp_path):
+    """Nor the means in the log; and only one process speaks to W&B."""
+    common = (*flags_of(METHODS), *SHARED)
     fit(capsys, data, tmp_path / "whole", *common)
     fit(capsys, data, tmp_path / "micro", *common, "--micro-batch", 1)
     pair = (*common, "--data", data, "--run-dir", tmp_path / "pair", "--micro-batch", 2)
@@ -133,10 +108,9 @@ def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, h
 def test_weights_and_sras_schedule():
     """SRA's weight falls to a tenth every 1000 epochs after epoch 149."""
     args = argparse.Namespace(vae_repa_weight=1.5, repa_weight=0.5, sra_weight=0.2)
-    weights = [train.loss_weight("sra", args, epoch) for epoch in (0, 149, 150, 1149)]
-    assert weights == pytest.approx([0.2, 0.2, 0.2 * 0.1**0.001, 0.02])
-    others = [train.loss_weight(name, args, 1149) for name in ("denoising", "vae_repa", "repa")]
-    assert others == [1, 1.5, 0.5]
+    for epoch, sra in {0: 0.2, 149: 0.2, 150: 0.2 * 0.1**0.001, 1149: 0.02}.items():
+        expected = {"denoising": 1, "vae_repa": 1.5, "repa": 0.5, "sra": pytest.approx(sra)}
+        assert train.loss_weights(args, epoch) == expected
 
 
 def save_vae(kind, folder):
@@ -187,16 +161,15 @@ def test_other_vaes_end_to_end(capsys, images, tmp_path, kind, channels):
     (("--sra-depth", 4), "--sra-teacher-depth 4 is not above --sra-depth 4"), (("--sra-t-max", 1.5), "t-max"),
     (("--sra-weight", -1), "--sra-weight"), (("--repa-weight", "nan"), "--repa-weight"),
     (("--repa-depth", 2, "--model", "SiT-Ti/2"), "2x2 tokens"),
-    (("--repa-depth", 2, "--repa-hub", "nowhere"), "nowhere"),
     (("--repa-depth", 2, "--repa-encoder", "dinov2_vitz14"), "dinov2_vitz14"),
-    (("--repa-depth", 2, "--repa-encoder", "dinov2_vitb14"), "dinov2_vitb14_pretrain.pth")])
-def test_bad_flags(capsys, data, hub, tmp_path, flags, says):
-    common = ("--repa-encoder", "dinov2_vitt14", "--repa-hub", hub)
+    (("--repa-depth", 2, "--repa-encoder", "nowhere.pt2"), "nowhere.pt2")])
+def test_bad_flags(capsys, data, tmp_path, flags, says):
+    common = ("--repa-encoder", "dinov2_vitt14")
     assert says in refused(capsys, data, tmp_path / "run", *common, *flags)
 
 
-def test_repa_without_its_images_or_weights(capsys, data, hub, tmp_path):
-    folder, flags = shutil.copytree(data, tmp_path / "set"), flags_of(["repa"], hub)
+def test_repa_without_its_images_or_weights(capsys, monkeypatch, data, hub, tmp_path):
+    folder, flags = shutil.copytree(data, tmp_path / "set"), flags_of(["repa"])
     images = np.load(data / "images.npy")
     (folder / "images.npy").unlink()
     assert "--store-images" in refused(capsys, folder, tmp_path / "run", *flags)
@@ -205,6 +178,7 @@ def test_repa_without_its_images_or_weights(capsys, data, hub, tmp_path):
         np.save(folder / "images.npy", others)
         assert says in refused(capsys, folder, tmp_path / "run", *flags)
     shutil.copytree(hub, tmp_path / "hub")
-    weights = tmp_path / "hub" / "dinov2_vitt14_pretrain.pth"
+    weights = tmp_path / "hub" / "checkpoints" / "dinov2_vitt14_pretrain.pth"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "dinov2_vitt14" in refused(capsys, data, tmp_path / "run", *flags_of(["repa"], tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "dinov2_vitt14" in refused(capsys, data, tmp_path / "run", *flags)

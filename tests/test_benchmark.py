@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, cli, message
 
-from models import SiT_models, SiTBlock, encode, load_vae
+from extract_latents import encode, load_vae
+from models import SiT_models, SiTBlock
 
 SMALL = [*"--device cpu --precision fp32 --no-compile --model SiT-Ti/2 --repeats 1".split(),
          "--vae", ROOT / "tests" / "data" / "vae"]

@@ -26,8 +26,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from extract_latents import Latents, ResumableArrays, center_crop, list_images, load_image, read_ahead
-from models import decode, encode, latent_normalization, load_vae
+from extract_latents import (Latents, ResumableArrays, center_crop, decode, encode, latent_normalization,
+                             list_images, load_image, load_vae, read_ahead)
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
@@ -62,7 +62,7 @@ def refused(capsys, flags):
 def unreadable(capsys, folder):
     """The one sentence with which the reader refuses a set."""
     with pytest.raises(SystemExit, match="2"):
-        Latents(folder, with_images=True)
+        Latents(folder, extras=["images"])
     return message(capsys.readouterr().err)
 
 
@@ -288,16 +288,23 @@ def test_the_reader(tmp_path, dtype, scale):
     np.save(folder / "moments.npy", moments.astype(dtype))
     np.save(folder / "labels.npy", labels.astype(np.uint8))
     about = json.loads((folder / "latents.json").read_text())
-    latents, facts = Latents(folder, with_images=True), {**about, "count": 12, "latent_shape": [4, 8, 8]}
+    np.save(folder / "clip.npy", clip := np.random.default_rng(1).normal(size=(12, 3, 5)).astype(dtype))
+    latents, facts = Latents(folder, ["images", "clip"]), {**about, "count": 12, "latent_shape": [4, 8, 8]}
     assert latents.facts == {**facts, "image_size": 32} and Latents(folder).facts == facts
     found, moments = latents.read(np.array(rows)), moments.astype(np.float32)
     shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
-    assert_allclose(found[0], (moments[rows, :4] - shift) * scale, rtol=1e-6, atol=1e-6)
-    assert_allclose(found[1], moments[rows, 4:] * scale, rtol=1e-6)
-    assert_array_equal(found[2], labels[rows])
-    assert_array_equal(found[3], images[rows].transpose(0, 3, 1, 2))
-    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64, torch.uint8]
-    assert len(Latents(folder).read(np.array(rows))) == 3
+    assert_allclose(found["mean"], (moments[rows, :4] - shift) * scale, rtol=1e-6, atol=1e-6)
+    assert_allclose(found["std"], moments[rows, 4:] * scale, rtol=1e-6)
+    assert_array_equal(found["labels"], labels[rows])
+    assert_array_equal(found["images"], images[rows].transpose(0, 3, 1, 2))
+    assert_array_equal(found["clip"], clip[rows])
+    assert {name: x.dtype for name, x in found.items()} == {
+        "mean": torch.float32, "std": torch.float32, "labels": torch.int64, "images": torch.uint8,
+        "clip": getattr(torch, dtype)}
+    assert set(Latents(folder).read(np.array(rows))) == {"mean", "std", "labels"}
+    np.save(folder / "clip.npy", clip[1:])
+    with pytest.raises(SystemExit, match="2"):
+        Latents(folder, ["clip"])
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, cli, message, write_set
 from PIL import Image
-from test_alignments import hub  # noqa: F401  (a fixture)
 
 import fid
-from models import SiT_models, decode, load_encoder, load_vae
+from extract_latents import decode, load_vae
+from models import SiT_models, load_encoder
 from sample import load_model, rng
 
 DETECTOR = ROOT / "tests" / "data" / "detector.pt2"
@@ -385,10 +385,10 @@ def test_models_of_others(ckpts, capsys, tmp_path, plots):
 
 
 @pytest.mark.parametrize("target", ["latents", DETECTOR, "dinov2_vitt14"])
-def test_cknna_of_blocks(ckpts, stored, hub, capsys, tmp_path, plots, target):
+def test_cknna_of_blocks(ckpts, stored, capsys, tmp_path, plots, target):
     """The numbers, table and plot from hooks on the blocks and the definition, term by term."""
-    table = draw(capsys, "cknna", "--ckpt", *ckpts, "--data", stored, "--target", target, "--repa-hub", hub,
-                 "--k", 4, "--t", 0.5, "--out", tmp_path)
+    table = draw(capsys, "cknna", "--ckpt", *ckpts, "--data", stored, "--target", target, "--k", 4,
+                 "--t", 0.5, "--out", tmp_path)
     found = json.loads((tmp_path / "cknna.json").read_text())
     x, outputs = outputs_of(ckpts[1], stored, 0.5)
     images = torch.from_numpy(np.load(stored / "images.npy")).permute(0, 3, 1, 2)
@@ -397,7 +397,7 @@ def test_cknna_of_blocks(ckpts, stored, hub, capsys, tmp_path, plots, target):
     elif target == DETECTOR:
         features = fid.load_program(target, "cpu")(images)["features"].numpy()
     else:
-        features = load_encoder(target, hub, 32)(images).mean(1).numpy()
+        features = load_encoder(target, 32)(images).mean(1).numpy()
     expected = [literal_cknna(h.mean(1).numpy(), features, 4) for h in outputs]
     assert found["aligned"]["0.5"] == pytest.approx(expected, abs=1e-5)
     assert [row[:2] for row in table[5:8]] == [["plain", "6"], ["aligned", "1"], ["aligned", "2"]]
@@ -506,7 +506,7 @@ def test_matplotlib_itself(tmp_path):
     ("cknna --ckpt {ckpt} --data {latents}", "--store-images"),
     ("cknna --ckpt {ckpt} --data {latents} --target latents --k 12", "at least 13"),
     ("cknna --ckpt {ckpt} --data {stored} --target {ckpt}2", "cannot be loaded"),
-    ("cknna --ckpt {ckpt} --data {stored} --repa-hub nowhere", "cannot be loaded"),
+    ("cknna --ckpt {ckpt} --data {stored} --target dinov2_nowhere", "cannot be loaded"),
     ("latents --data {latents} {other}", "other images"),
     ("latents --data {latents} --count 1", "at least 2"),
     ("convergence {run} --ref {images} --detector {detector} --weights x", "not allowed with"),

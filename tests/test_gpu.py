@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, cli, process
-from test_alignments import METHODS, flags_of, hub  # noqa: F401  (a fixture)
-from test_fid import inception  # noqa: F401
+from test_alignments import METHODS, flags_of
+from test_fid import inception  # noqa: F401  (a fixture)
 from test_repa_e import common, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
 from test_train import assert_close_run, fit, log
@@ -32,20 +32,20 @@ def test_resume_under_torchrun(data, tmp_path):
         assert a["memory_gib"] > 0
 
 
-def test_compiled_is_eager(capsys, data, hub, tmp_path):  # noqa: F811
+def test_compiled_is_eager(capsys, data, tmp_path):
     """All three methods' losses and gradients, in float32."""
-    flags = ("--batch-size", 8, "--max-steps", 3, "--lr", 1e-4, *flags_of(METHODS, hub))
+    flags = ("--batch-size", 8, "--max-steps", 3, "--lr", 1e-4, *flags_of(METHODS))
     fit(capsys, data, tmp_path / "compiled", *flags, "--compile")
     fit(capsys, data, tmp_path / "eager", *flags)
     assert_close_run(tmp_path / "compiled", tmp_path / "eager", 3)
 
 
-def test_bf16(capsys, monkeypatch, data, hub, tmp_path):  # noqa: F811
+def test_bf16(capsys, monkeypatch, data, tmp_path):
     """All three methods' losses; weights stay float32."""
     autocast, losses = [], train.training_losses
     monkeypatch.setattr(train, "training_losses", lambda *inputs: autocast.append(
         torch.is_autocast_enabled("cuda")) or losses(*inputs))
-    flags = ("--batch-size", 12, "--max-steps", 4, "--lr", 1e-3, *flags_of(METHODS, hub))
+    flags = ("--batch-size", 12, "--max-steps", 4, "--lr", 1e-3, *flags_of(METHODS))
     rounded, state = fit(capsys, data, tmp_path / "bf16", *flags, *ROUNDED)
     exact, _ = fit(capsys, data, tmp_path / "fp32", *flags)
     assert autocast == [True] * 4 + [False] * 4

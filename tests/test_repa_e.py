@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, write_set
+from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, tiny_encoder, write_set
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from test_alignments import flags_of, hub, tiny_encoder  # noqa: F401  (a fixture)
+from test_alignments import flags_of
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
 
+import extract_latents
 import models
 import repa_e
 import sample
@@ -53,8 +54,8 @@ def tuning(tmp_path_factory, images, vae):
 
 
 @pytest.fixture(scope="module")
-def common(tuning, hub):  # noqa: F811
-    return [*tuning[1], *flags_of(["repa"], hub), "--lr", 1e-3, "--batch-size", 4]
+def common(tuning):
+    return [*tuning[1], *flags_of(["repa"]), "--lr", 1e-3, "--batch-size", 4]
 
 
 def lpips_by_numpy(vgg, lin, images, others):
@@ -131,7 +132,8 @@ def some_batch(b=3, side=8):
     torch.manual_seed(2)
     return {"images": torch.randint(0, 256, (b, 3, 32, 32), dtype=torch.uint8), "t": torch.rand(b),
             "x": torch.zeros(b, 4, side, side), "y": torch.full((b,), 10), "labels": torch.arange(b),
-            "noise": torch.randn(b, 4, side, side), "eps": torch.randn(b, 4, side, side)}
+            "noise": torch.randn(b, 4, side, side), "eps": torch.randn(b, 4, side, side),
+            "tokens": torch.randn(b, 4, 32)}
 
 
 def aligned_model():
@@ -151,8 +153,8 @@ def test_losses_in_closed_form():
     scores = {"real": torch.tensor([-3.0, 0.5, 2.0]), "fake": torch.tensor([-3.0, 0.5, 2.0]).flip(0)}
     tuned = {"vae": Plain(torch.cat([mean, logvar], 1).float(), decoded), "gan": lambda x: scores[
         "fake" if torch.equal(x, decoded) else "real"].view(3, 1, 1, 1).expand(3, 1, 2, 2)}
-    model, tokens = aligned_model(), torch.randn(3, 4, 32)
-    z, losses = train.vae_losses(tuned, model, lambda images: tokens, batch, ARGS)
+    model, tokens = aligned_model(), batch["tokens"]
+    z, losses = train.vae_losses(tuned, model, batch, ARGS)
     logvar = logvar.clamp(-30, 20)
     torch.testing.assert_close(z.double(), mean + (logvar / 2).exp() * batch["eps"], rtol=1e-5, atol=1e-5)
     l1 = (decoded - (batch["images"] / 127.5 - 1)).abs().flatten(1).mean(1)
@@ -169,7 +171,6 @@ def test_losses_in_closed_form():
     cosine = F.cosine_similarity(heads["repa"], tokens, dim=2).mean(1)
     torch.testing.assert_close(losses["tune_repa"], -cosine)
     assert set(losses) == {"l1", "kl", "tune_repa", "gan", "discriminator"}
-    assert train.loss_weight("tune_repa", ARGS) == 1.5 and train.loss_weight("kl", ARGS) == 1e-6
 
 
 def test_norm_is_batch_norm():
@@ -208,11 +209,11 @@ def test_where_gradients_go(tuning, vae):
     """Reconstruction's to decoder and encoder, KL's and REPA's to the encoder alone, the hinge loss's to the
     discriminator; and a step leaves none on SiT and its head."""
     torch.manual_seed(0)
-    kl = models.load_vae(str(vae)).requires_grad_()
+    kl = extract_latents.load_vae(str(vae)).requires_grad_()
     tuned = torch.nn.ModuleDict({"vae": kl, "gan": models.Discriminator(),
                                  "lpips": models.LPIPS(*map(load, tuning[1][2:4]))})
-    encoder, model = models.Encoder(tiny_encoder(), 32), aligned_model()
-    _, losses = train.vae_losses(tuned, model, encoder, some_batch(), ARGS)
+    model = aligned_model()
+    _, losses = train.vae_losses(tuned, model, some_batch(), ARGS)
     parts = {"encoder": torch.nn.ModuleList([kl.encoder, kl.quant_conv]), "gan": tuned["gan"],
              "decoder": torch.nn.ModuleList([kl.decoder, kl.post_quant_conv])}
     found = {name: reached(loss.sum(), parts) for name, loss in losses.items()}
@@ -222,10 +223,10 @@ def test_where_gradients_go(tuning, vae):
 
     hinge = losses.pop("discriminator").mean()
     own = torch.autograd.grad(hinge, list(tuned["gan"].parameters()))
-    total = sum(losses[name].mean() * train.loss_weight(name, ARGS) for name in losses)
+    total = sum(losses[name].mean() * getattr(ARGS, f"{name}_weight") for name in losses)
     expected = torch.autograd.grad(total, list(kl.parameters()))
     batch, stored = some_batch(), {name: p.clone() for name, p in model.named_parameters()}
-    scalars = train.tune_vae(tuned, model, encoder, batch, ARGS)
+    batch["x"], scalars = train.vae_step(tuned, model, batch, ARGS)
     assert all(p.grad is None for p in model.parameters())
     assert same_tensors(stored, dict(model.named_parameters()))
     for grads, module, name in ((expected, kl, "vae"), (own, tuned["gan"], "gan")):
@@ -234,7 +235,7 @@ def test_where_gradients_go(tuning, vae):
         for g, p in zip(grads, module.parameters()):
             torch.testing.assert_close(p.grad, g / max(norm, 1), rtol=1e-3, atol=1e-6)
     before = [p.grad.clone() for p in kl.parameters()]
-    losses = train.training_losses(model, batch, argparse.Namespace(), model, encoder)
+    losses = train.training_losses(model, model, batch, argparse.Namespace())
     sum(loss.sum() for loss in losses.values()).backward()  # the diffusion loss and REPA's
     assert not batch["x"].requires_grad and all(map(torch.equal, before, (p.grad for p in kl.parameters())))
     assert all(p.grad.any() for p in model.heads["repa"].parameters())
@@ -299,7 +300,7 @@ def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
         line["repa"] = -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()
         total = line["denoising"] + 0.5 * line["repa"]
         if args.vae_repa_depth:
-            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], models.patchify(x, 4), beta=0.05)
+            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], models.patchify(x, like=heads["vae_repa"]), beta=0.05)
             total = total + line["vae_repa"]
         line["grad_norm"] = step_of(total, sit, optimizers[2])
         now = {**sit.state_dict(), **{f"bn.{k}": v for k, v in bn.state_dict().items()}}
@@ -325,7 +326,7 @@ def test_training_equals_a_plain_loop(capsys, tuning, common, vae, tmp_path, fla
     lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3)
     gan = models.Discriminator()
     gan.load_state_dict(load(tuning[1][5]))
-    files = (models.load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])))
+    files = (extract_latents.load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])))
     expected, sit, average, tuned, judge = plain_loop(
         state["settings"], tuning[0], 3, *files, models.Encoder(tiny_encoder(), 32))
     for line, other in zip(lines, expected, strict=True):
@@ -356,7 +357,7 @@ def test_resumes_to_the_bit(capsys, tuning, common, vae, tmp_path, flags):
     for name in ("0000002-vae", "0000004-vae"):
         a, b = (contents(tmp_path / run / "checkpoints" / name) for run in ("whole", "parts"))
         assert list(a.values()) == list(b.values()) and len(a) == 2
-    start = models.load_vae(str(vae)).state_dict()
+    start = extract_latents.load_vae(str(vae)).state_dict()
     moved = max((state["tuned"][f"vae.{name}"] - x).abs().max() for name, x in start.items())
     assert (moved < 0.006) == ("--vae-from-scratch" not in flags) and moved > 1e-3  # 4 steps of 1e-3
 
@@ -405,7 +406,7 @@ def test_bf16(capsys, tuning, common, tmp_path):
     tuned = {"vae": Plain(*half), "gan": lambda x: seen.append(x.dtype) or x[:, :1],
              "lpips": lambda a, b: seen.extend([a.dtype, b.dtype]) or (a - b).mean((1, 2, 3))}
     args = argparse.Namespace(**{**vars(ARGS), "precision": "bf16"})
-    z, losses = train.vae_losses(tuned, aligned_model(), lambda _: torch.ones(3, 4, 32), some_batch(), args)
+    z, losses = train.vae_losses(tuned, aligned_model(), some_batch(), args)
     assert {z.dtype, *seen, *(loss.dtype for loss in losses.values())} == {torch.float32}
 
 
@@ -430,7 +431,7 @@ def tuned_run(tmp_path_factory, tuning, common):
 def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
     """Extracted by it, x is what the checkpoint's SiT was trained on, and decodes as the VAE does."""
     folder, state = tuned_run / "checkpoints" / "0000003-vae", load(tuned_run / "state.pt")
-    vae = models.load_vae(str(folder))
+    vae = extract_latents.load_vae(str(folder))
     weights = {f"vae.{name}": x for name, x in vae.state_dict().items()}
     assert all(torch.equal(x, state["tuned"][name]) for name, x in weights.items())
     flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)
@@ -443,11 +444,12 @@ def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
         decoded = ((vae.decode(posterior.mean).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     mean, std = (state["ema"][f"bn.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
     assert not torch.equal(mean, state["model"]["bn.running_mean"].view(-1, 1, 1))
-    x, std_x, *_ = Latents(tmp_path / "set").read(np.arange(12))
+    stored = Latents(tmp_path / "set").read(np.arange(12))
+    x, std_x = stored["mean"], stored["std"]
     torch.testing.assert_close(x, (posterior.mean - mean) / std.sqrt(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(std_x, posterior.std / std.sqrt(), rtol=2e-3, atol=2e-3)
     facts = Latents(tmp_path / "set").facts
-    shown = models.decode(vae, x, facts["shift"], facts["scale"])
+    shown = extract_latents.decode(vae, x, facts["shift"], facts["scale"])
     assert (shown - decoded).abs().max() <= 1
     stored = np.load(tmp_path / "set" / "reconstructions.npy")  # for rFID
     assert abs(stored - decoded.numpy()).max() <= 1 and (stored == decoded.numpy()).mean() > 0.99
@@ -471,7 +473,7 @@ def test_a_tuned_checkpoint_samples(capsys, tuned_run, tmp_path):
     flags = ("--ckpt", ckpt, "--num-steps", 5, "--per-class", 1, "--mode", "ode", "--out", run / "a.png")
     status, _, err = cli(capsys, "sample", *flags)
     assert status == 0, err
-    model, vae = sample.load_model(ckpt)[0], models.load_vae(str(run / "checkpoints/0000003-vae"))
+    model, vae = sample.load_model(ckpt)[0], extract_latents.load_vae(str(run / "checkpoints/0000003-vae"))
     noise = sample.randn_like(torch.zeros(3, 4, 8, 8), [sample.rng(0, i, "cpu") for i in range(3)])
     x = sample.sample_ode(model, noise, torch.arange(3), num_steps=5)
     mean, var = (state["ema"][f"bn.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
@@ -508,7 +510,7 @@ def test_published_vaes(capsys, images, vae, tmp_path):
         config = {"scaling_factor": 0.18215, "latent_channels": 4, "_name_or_path": name}
         known = not name or name.endswith("sd")
         with contextlib.nullcontext() if known else pytest.raises(ValueError, match="latents_mean"):
-            assert models.latent_normalization(config) == (0, 0.18215)
+            assert extract_latents.latent_normalization(config) == (0, 0.18215)
     config = json.loads((vae / "config.json").read_text())
     config |= {"scaling_factor": 0.18215, "shift_factor": None}
     flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)
@@ -526,7 +528,7 @@ def test_published_vaes(capsys, images, vae, tmp_path):
 def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tmp_path):
     """The same run, to rounding."""
     repa_e.export(models.Encoder(tiny_encoder(), 32), tmp_path / "a.pt2", 32)
-    encoder, images = models.load_encoder(str(tmp_path / "a.pt2"), None, 32), some_batch(5)["images"]
+    encoder, images = models.load_encoder(str(tmp_path / "a.pt2"), 32), some_batch(5)["images"]
     with torch.autocast("cpu", torch.bfloat16):
         tokens = encoder(images)
     torch.testing.assert_close(tokens, models.Encoder(tiny_encoder(), 32)(images))
@@ -560,7 +562,7 @@ def test_readmes_encoder(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(CLIPVisionModel=Clip))
     monkeypatch.chdir(tmp_path)
     exec(code, {"__name__": "exported"})
-    encoder = models.load_encoder("clip-l.pt2", None, 256)
+    encoder = models.load_encoder("clip-l.pt2", 256)
     assert (encoder.side, encoder.dim) == (16, 8)
     images = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
     small = F.interpolate(images / 255, (224, 224), mode="bicubic")
@@ -627,7 +629,7 @@ def test_bad_flags(capsys, tuning, common, tmp_path, flags, says):
     assert says in refused(capsys, tuning[0], tmp_path / "run", *common, *flags)
 
 
-def test_what_else_is_refused(capsys, data, tuning, common, hub, tmp_path, tuned_run):  # noqa: F811
+def test_what_else_is_refused(capsys, data, tuning, common, tmp_path, tuned_run):
     """No images, another VAE's latents, a VAE without a posterior, a run with the flag resumed without or the
     reverse."""
     from diffusers import VQModel  # slow to import

@@ -18,8 +18,9 @@ from PIL import Image
 
 import extract_latents
 import sample
-from models import SiT_models, load_vae, to_bf16
-from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde
+from extract_latents import load_vae
+from models import SiT_models
+from sample import guided_velocity, load_model, sample_images, sample_ode, sample_sde, to_bf16
 
 NULL, Y = 12, torch.tensor([3, 5])  # 12 classes
 
@@ -35,7 +36,7 @@ def field(x, t, mean=1.5, std=0.4):
 class Exact:
     """The field of the labels' data; the null class's is another. It notes t and labels of each call."""
 
-    num_classes = NULL
+    null_class = NULL
 
     def __init__(self):
         self.times, self.labels = [], []
@@ -187,7 +188,7 @@ def test_bf16(tiny):
     for sampler in (lambda *args: sample_sde(*args, generators()), sample_ode):
         model, latents = load_model(tiny)[0], []
         wide = torch.nn.Module()
-        wide.forward, wide.num_classes = lambda *args: model(*args).float(), NULL
+        wide.forward, wide.null_class = lambda *args: model(*args).float(), NULL
         for each, bf16 in ((model, False), (wide, False), (model, True)):
             if bf16:
                 to_bf16(model)
@@ -376,7 +377,7 @@ def test_checkpoints_of_train(run, checkpoint, tiny):
     model, settings = load_model(checkpoint)
     assert any(k.startswith("heads.vae_repa") for k in ema)
     assert same_weights(model, {k: v for k, v in ema.items() if not k.startswith("heads.")})
-    assert model.num_classes == 3 and (settings["data"]["shift"], settings["data"]["scale"]) == (0.25, 0.5)
+    assert model.null_class == 3 and (settings["data"]["shift"], settings["data"]["scale"]) == (0.25, 0.5)
     images = run("--classes", 0, 2, "--per-class", 2, ckpt=checkpoint)
     assert close(images, drawn(checkpoint, [0, 0, 2, 2]))
 

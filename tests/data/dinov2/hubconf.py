@@ -1,7 +1,7 @@
 """A repository in torch.hub's local format that gives vision transformers with DINOv2's interface and parameter names.
 
-For tests, which need an encoder that is small, and for tests/benchmark.py, which needs one as large as DINOv2's; without
-weights of its own. DINOv2 itself: https://github.com/facebookresearch/dinov2
+For tests, which need an encoder that is small, and for tests/benchmark.py, which needs one as large as DINOv2's. Weights
+come, as DINOv2's do, from torch.hub's cache. DINOv2 itself: https://github.com/facebookresearch/dinov2
 """
 
 dependencies = ["torch"]
@@ -73,20 +73,22 @@ class VisionTransformer(nn.Module):
         return {"x_norm_clstoken": x[:, 0], "x_norm_patchtokens": x[:, 1:]}
 
 
-def without_weights(pretrained, *sizes):
+def build(name, pretrained, *sizes):
+    network = VisionTransformer(*sizes)
     if pretrained:
-        raise RuntimeError("there are no weights here: put ENCODER_pretrain.pth beside hubconf.py")
-    return VisionTransformer(*sizes)
+        url = f"https://nowhere.invalid/{name}_pretrain.pth"  # its last part is the name in the cache
+        network.load_state_dict(torch.hub.load_state_dict_from_url(url, map_location="cpu"))
+    return network
 
 
 def dinov2_vitt14(pretrained=True):
     """Tiny: 2 blocks of width 32."""
-    return without_weights(pretrained, 32, 2, 2)
+    return build("dinov2_vitt14", pretrained, 32, 2, 2)
 
 
 def dinov2_vitb14(pretrained=True):
-    return without_weights(pretrained, 768, 12, 12)
+    return build("dinov2_vitb14", pretrained, 768, 12, 12)
 
 
 def dinov2_vitl14(pretrained=True):
-    return without_weights(pretrained, 1024, 24, 16)
+    return build("dinov2_vitl14", pretrained, 1024, 24, 16)
