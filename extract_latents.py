@@ -38,8 +38,8 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-
 # ---- Images
+
 
 def center_crop(image, size):
     """ADM's crop of a PIL image: box-halve to a short side < 2 size, bicubic to size, then the middle."""
@@ -203,7 +203,7 @@ class Latents:
     """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list,
     "scale": float or list, "num_classes": int}.
 
-    extras: further arrays NAME.npy, of a row an image, that `read` adds by name; of "images" it knows the form.
+    extras: names of further arrays NAME.npy, with a row for each image, such as "images", for `read` to add.
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
     [C, H, W], count and, with "images", image_size.
     """
@@ -251,14 +251,15 @@ class Latents:
         return np.concatenate(rows)
 
     def read(self, rows):
-        """Tensors by name, a row for each of `rows` (B,): the normalised "mean" and "std" of x = (z - shift) *
-        scale, (B, C, H, W) float32; "labels" (B,) int64; and the extras, "images" as (B, 3, S, S) uint8.
+        """Of these rows (B,), tensors by name: "mean" and "std" of x = (z - shift) * scale, (B, C, H, W)
+        float32; "labels" (B,) int64; and the extras as they are, but "images" as (B, 3, S, S) uint8.
         """
         found = {name: read_rows(array, rows) for name, array in self.arrays.items()}
         mean, std = np.split(found.pop("moments").astype(np.float32), 2, axis=1)
         if "images" in found:
             found["images"] = found["images"].transpose(0, 3, 1, 2)
-        found |= {"mean": (mean - self.shift) * self.scale, "std": std * self.scale, "labels": self.labels[rows]}
+        found["mean"], found["std"] = (mean - self.shift) * self.scale, std * self.scale
+        found["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
 

@@ -26,8 +26,20 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from extract_latents import (Parser, atomic_write, fail, first_line, init_distributed, load_batch,
-                             load_image, positive_int, read_ahead, read_rows, run, write_json)
+from extract_latents import (
+    Parser,
+    atomic_write,
+    fail,
+    first_line,
+    init_distributed,
+    load_batch,
+    load_image,
+    positive_int,
+    read_ahead,
+    read_rows,
+    run,
+    write_json,
+)
 from models import load_program
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"

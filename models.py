@@ -45,7 +45,7 @@ def unpatchify(tokens, patch_size, channels):
 
 
 def patchify(x, like):
-    """Latent (B, C, H, W) -> tokens (B, N, p * p * C), N as in `like` (B, N, …); the inverse of `unpatchify`."""
+    """Latent (B, C, H, W) -> tokens (B, N, p * p * C), as many as `like` has; `unpatchify`'s inverse."""
     b, c, height, _ = x.shape
     side = math.isqrt(like.shape[1])
     p = height // side
@@ -229,12 +229,15 @@ SIZES = {"SiT-XL": (28, 1152, 16), "SiT-L": (24, 1024, 16), "SiT-B": (12, 768, 1
          "SiT-Ti": (6, 128, 4)}  # which is ours
 SiT_models = {f"{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=num_heads, patch_size=p)
               for size, (depth, width, num_heads) in SIZES.items() for p in (1, 2, 4, 8)}
+# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
+ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8, "SiT-B": 2, "SiT-S": 2, "SiT-Ti": 2}
+SRA_DEPTHS = {"SiT-XL": (8, 20), "SiT-L": (6, 16), "SiT-B": (3, 8), "SiT-S": (3, 8), "SiT-Ti": (2, 4)}
 
 
 def build_model(settings, heads=True):
-    """The SiT of a run's settings, with each of its options that they hold; heads: and what only training needs.
+    """The SiT of a run's settings, with all that they say of it; heads: with what only training needs.
 
-    settings: train.py's flags by name, "repa_dim" if there is REPA, and "data", the facts on its latents.
+    settings: train.py's flags by name, "data": facts on the latents, and with REPA "repa_dim".
     """
     channels, size, _ = settings["data"]["latent_shape"]
     options = {name: settings[name] for name in inspect.signature(SiT).parameters
@@ -422,9 +425,12 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg, lin):
         super().__init__()
-        weights = {name: value for name, value in vgg.items() if name.startswith("features.")} | lin
-        weights |= {"shift": torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
-                    "scale": torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)}
+        weights = {"shift": torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
+                   "scale": torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)}
+        for i, stage in enumerate(self.STAGES):
+            names = [f"features.{n}.{kind}" for n in stage for kind in ("weight", "bias")]
+            weights |= {name: vgg[name] for name in names}
+            weights[f"lin{i}"] = lin[f"lin{i}.model.1.weight"]
         for name, value in weights.items():
             self.register_buffer(name.replace(".", "_"), value.float(), persistent=False)
 
@@ -440,7 +446,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images, others):
         pairs = enumerate(zip(self.features(images), self.features(others)))
-        return sum(F.conv2d((a - b).square(), getattr(self, f"lin{i}_model_1_weight")).mean((1, 2, 3))
+        return sum(F.conv2d((a - b).square(), getattr(self, f"lin{i}")).mean((1, 2, 3))
                    for i, (a, b) in pairs)
 
 

@@ -20,11 +20,24 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from extract_latents import (Parser, ResumableArrays, already_complete, atomic_write, barrier, decode, fail,
-                             first_line, fraction, init_distributed, load_vae, nonnegative_int, positive_int,
-                             run, write_json)
+from extract_latents import (
+    Parser,
+    ResumableArrays,
+    already_complete,
+    atomic_write,
+    barrier,
+    decode,
+    fail,
+    first_line,
+    fraction,
+    init_distributed,
+    load_vae,
+    nonnegative_int,
+    positive_int,
+    run,
+    write_json,
+)
 from models import SIZES, build_model
-
 
 # ---- Samplers
 

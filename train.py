@@ -21,19 +21,42 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from extract_latents import (Latents, Parser, atomic_write, check_same_settings, fail, first_line, fraction,
-                             init_distributed, load_vae, lock, nonnegative_float, nonnegative_int,
-                             positive_int, read_ahead, run, write_json)
-from models import LPIPS, Discriminator, SiT_models, build_model, load_encoder, mean_over_processes, patchify
+from extract_latents import (
+    Latents,
+    Parser,
+    atomic_write,
+    check_same_settings,
+    fail,
+    first_line,
+    fraction,
+    init_distributed,
+    load_vae,
+    lock,
+    nonnegative_float,
+    nonnegative_int,
+    positive_int,
+    read_ahead,
+    run,
+    write_json,
+)
+from models import (
+    ALIGN_DEPTHS,
+    LPIPS,
+    SRA_DEPTHS,
+    Discriminator,
+    SiT_models,
+    build_model,
+    load_encoder,
+    mean_over_processes,
+    patchify,
+)
 from sample import draw_grid, load_checkpoint, rng, save_vae
-
 
 # ---- The method
 
@@ -80,9 +103,13 @@ def training_losses(model, ema, batch, args):
 
 
 def loss_weights(args, epoch):
-    """lambda of Eq. 8 for each term; SRA's falls to a tenth every 1000 epochs after epoch 149."""
-    return {"denoising": 1.0, "vae_repa": args.vae_repa_weight, "repa": args.repa_weight,
-            "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000)}
+    """lambda of Eq. 8 for each term of `training_losses`."""
+    return {
+        "denoising": 1.0,
+        "vae_repa": args.vae_repa_weight,
+        "repa": args.repa_weight,
+        "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000),  # falls to a tenth in 1000 epochs
+    }
 
 
 def training_step(model, ema, optimizer, batch, args, epoch):
@@ -154,36 +181,33 @@ def image_tokens(encoder, batch, args):
 
 
 def load_tuned(args, facts):
-    """The modules {"vae", "gan", "lpips"} of `vae_step`, tried on a grey image; raises ValueError.
+    """The modules of `vae_step`: "vae", which made the latents, and if they have weight "gan" and "lpips".
 
-    vae: the one that made the latents; the others only if they have weight.
+    Raises ValueError.
     """
-    tuned, source, size = torch.nn.ModuleDict(), facts["vae"], facts["image_size"]
+    source, size = facts["vae"], facts["image_size"]
     try:
-        vae, image = load_vae(source), torch.zeros(1, 3, size, size)
+        vae, grey = load_vae(source), torch.zeros(1, 3, size, size)
         if args.vae_from_scratch:
             vae = type(vae).from_config(vae.config).eval()
-        tuned["vae"] = vae.requires_grad_()
-        with torch.no_grad():
-            posterior = getattr(vae.encode(image), "latent_dist", None)
-            if not posterior:
-                raise ValueError("it has no Gaussian posterior")
-            if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
-                raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
-            vae.decode(posterior.mean).sample - image  # of one size
-            if args.gan_weight:
-                source, tuned["gan"] = "a discriminator", Discriminator()
-                tuned["gan"](image)
-                if source := args.disc_init:
-                    tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
-            if args.lpips_weight:
-                vgg, lin = args.lpips_weights
-                source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
-                tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
-                tuned["lpips"](image, image)
+        posterior = getattr(vae.encode(grey), "latent_dist", None)
+        if not posterior:
+            raise ValueError("it has no Gaussian posterior")
+        if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
+            raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
+        tuned = torch.nn.ModuleDict({"vae": vae.requires_grad_()})
+        if args.gan_weight:
+            source, tuned["gan"] = "a discriminator", Discriminator()
+            tuned["gan"](grey)
+            if source := args.disc_init:
+                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
+        if args.lpips_weight:
+            vgg, lin = args.lpips_weights
+            source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
+            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
+        return tuned
     except Exception as error:  # hub, config, weights, sizes
         raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
-    return tuned
 
 
 def vae_losses(tuned, model, batch, args):
@@ -202,7 +226,7 @@ def vae_losses(tuned, model, batch, args):
         prediction = model.heads["repa"](h, c)
     decoded = decoded.float()
     losses = {"l1": (decoded - images).abs().mean(dim=(1, 2, 3)), "kl": posterior.kl(),
-              "tune_repa": alignment_loss(prediction, batch["tokens"], "cosine")}  # through SiT to the encoder
+              "tune_repa": alignment_loss(prediction, batch["tokens"], "cosine")}
     if "lpips" in tuned:
         losses["lpips"] = tuned["lpips"](decoded, images)
     if "gan" in tuned:
@@ -264,30 +288,25 @@ def save(path, checkpoint):
         torch.save(checkpoint, file)  # tensors, numbers, dicts: loads weights-only
 
 
-def save_checkpoints(run_dir, step, numbered, settings, model, ema, tuned, optimizer):
-    """Write state.pt, which a resume needs, and if numbered checkpoints/STEP.pt, which samples."""
-    checkpoint = {"ema": ema.state_dict(), "step": step, "settings": settings}
+def save_checkpoints(run_dir, step, numbered, settings, parts):
+    """Write state.pt, all that a resume needs, and if numbered checkpoints/STEP.pt, which samples."""
+    checkpoint = {"ema": parts["ema"].state_dict(), "step": step, "settings": settings}
     if numbered:
         path = run_dir / "checkpoints" / f"{step:07d}.pt"
-        if tuned:
-            save_vae(path, tuned["vae"], checkpoint["ema"])
+        if "tuned" in parts:
+            save_vae(path, parts["tuned"]["vae"], checkpoint["ema"])
         save(path, checkpoint)
-    checkpoint |= {"model": model.state_dict(), "opt": optimizer.state_dict()}
-    if tuned:
-        checkpoint["tuned"] = tuned.state_dict()
-    save(run_dir / "state.pt", checkpoint)
+    save(run_dir / "state.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
 
 
-def resume(path, model, ema, tuned, optimizer):
-    """The step of the state.pt at path, loaded into these; 0 if there is none."""
+def resume(path, parts):
+    """Load what `save_checkpoints` wrote, if it did, and return its step, or 0."""
     if not path.exists():
         return 0
     try:
         state = load_checkpoint(path)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        tuned.load_state_dict(state.get("tuned", {}))
-        optimizer.load_state_dict(state["opt"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         return int(state["step"])
     except Exception as error:  # files can be wrong in many ways
         fail(f"{path} does not fit this model and these latents: {first_line(error)}")
@@ -320,10 +339,6 @@ def any_signal():
 
 
 # ---- Flags
-
-# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
-ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8, "SiT-B": 2, "SiT-S": 2, "SiT-Ti": 2}
-SRA_DEPTHS = {"SiT-XL": (8, 20), "SiT-L": (6, 16), "SiT-B": (3, 8), "SiT-S": (3, 8), "SiT-Ti": (2, 4)}
 
 
 def parse_args():
@@ -400,7 +415,7 @@ def parse_args():
     return args
 
 
-# flags that a resume may change; of --data, the facts are compared and not the path
+# settings that a resume may change; of the data, the facts are compared and not the path
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
         "sample_every", "lpips_weights", "wandb")
 
@@ -416,11 +431,11 @@ def default_run_dir(args, parser):
 
 
 def build(args, facts):
-    """(model, EMA model, REPA's encoder or None, `load_tuned`'s modules, settings) as the flags ask, new and on
-    the CPU. settings: what a checkpoint keeps, from which `build_model` builds the model again.
+    """What the flags ask for, new and on the CPU: (parts, settings, REPA's encoder or None).
+
+    parts: {"model", "ema", "opt", "tuned" if any}, what state.pt keeps; settings: what `build_model` needs.
     """
-    encoder, tuned = None, torch.nn.ModuleDict()
-    settings = {**vars(args), "data": facts}
+    encoder, settings = None, {**vars(args), "data": facts}
     try:
         if args.repa_depth:
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
@@ -433,13 +448,15 @@ def build(args, facts):
         if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
-        if args.tune_vae:
-            tuned = load_tuned(args, facts)
-            if not args.vae_from_scratch:
-                model.bn.start(facts["shift"], facts["scale"])
+        tuned = {"tuned": load_tuned(args, facts)} if args.tune_vae else {}
     except ValueError as error:
         fail(first_line(error))
-    return model, copy.deepcopy(model).eval().requires_grad_(False), encoder, tuned, settings
+    if tuned and not args.vae_from_scratch:
+        model.bn.start(facts["shift"], facts["scale"])
+    trained = [p for module in (model, *tuned.values()) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    return {"model": model, "ema": ema, "opt": optimizer, **tuned}, settings, encoder
 
 
 def compile_layers(model, ema, args):
@@ -455,18 +472,17 @@ def main():
     args = parse_args()
     latents = Latents(args.data, extras=["images"] if args.repa_depth else [])
     facts, run_dir, first = latents.facts, Path(args.run_dir), int(os.environ.get("RANK", 0)) == 0
-    raw_model, ema, encoder, tuned, settings = build(args, facts)
-    trained = [*raw_model.parameters(), *tuned.parameters()]
-    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
-    flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
+    parts, settings, encoder = build(args, facts)
     if (run_dir / "settings.json").exists():
+        flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
         check_same_settings(run_dir / "settings.json", flat)
-    start, vae = resume(run_dir / "state.pt", raw_model, ema, tuned, optimizer), None
+    start = resume(run_dir / "state.pt", parts)
+    raw_model, ema, optimizer, tuned, vae = *map(parts.get, ("model", "ema", "opt", "tuned")), None
     if first and 0 < args.sample_every <= args.max_steps:
         try:
             vae = tuned["vae"] if tuned else load_vae(facts["vae"])
         except Exception as error:  # of many kinds
-            fail(f"the VAE {facts['vae']}, to draw sample grids: {first_line(error)} (--sample-every 0 does without)")
+            fail(f"the VAE {facts['vae']}, for sample grids (--sample-every): {first_line(error)}")
     if first:
         lock(run_dir / "lock", run_dir)
         write_json(run_dir / "settings.json", settings)
@@ -476,7 +492,7 @@ def main():
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)
-    optimizer.load_state_dict(optimizer.state_dict())  # moves it to where the weights are
+    optimizer.load_state_dict(optimizer.state_dict())  # moves its state to where the weights are now
     if args.compile:
         compile_layers(raw_model, ema, args)
     model = raw_model
@@ -521,7 +537,7 @@ def main():
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):
-            save_checkpoints(run_dir, done, numbered, settings, raw_model, ema, tuned, optimizer)
+            save_checkpoints(run_dir, done, numbered, settings, parts)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(grid, ema, vae, facts, args.seed, args.precision,

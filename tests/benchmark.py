@@ -178,8 +178,8 @@ def build(method, args, folder, *sizes):
     run_args = {n: train_args(method, args, *flags, n) for n in sizes}
     latents = extract_latents.Latents(folder, extras=["images"] if method == "REPA" else [])
     with mock.patch.object(train, "load_encoder", random_encoder):
-        model, ema, encoder, *_ = train.build(run_args[sizes[0]], latents.facts)
-    return run_args, latents, model, ema, encoder
+        parts, _, encoder = train.build(run_args[sizes[0]], latents.facts)
+    return run_args, latents, parts["model"], parts["ema"], encoder
 
 
 class Run:

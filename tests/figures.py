@@ -27,8 +27,20 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402  (these are found only now)
-from extract_latents import (Latents, Parser, atomic_write, decode, fail, first_line, fraction,  # noqa: E402
-                             init_distributed, load_vae, positive_int, run, write_json)
+from extract_latents import (  # noqa: E402
+    Latents,
+    Parser,
+    atomic_write,
+    decode,
+    fail,
+    first_line,
+    fraction,
+    init_distributed,
+    load_vae,
+    positive_int,
+    run,
+    write_json,
+)
 from models import load_encoder, load_program  # noqa: E402
 from sample import load_model, randn_like, rng  # noqa: E402
 from train import interpolate  # noqa: E402
@@ -355,7 +367,7 @@ def block_outputs(model, x, rows, labels, t, layers, pool=False):
 
     x: latents (n, C, H, W), which are noised to t; the noise depends on the row alone.
     """
-    device, outputs = model.pos_embed.device, {layer: [] for layer in layers}
+    device, outputs = next(model.parameters()).device, {layer: [] for layer in layers}
     for i in tqdm(range(0, len(x), BATCH), f"t = {t}"):
         batch = slice(i, i + BATCH)
         noise = randn_like(x[batch], [rng(0, int(row), "cpu") for row in rows[batch]])

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, cli, process, tiny_encoder
-from test_train import (BATCH, SHARED, STEPS, assert_as_plain, assert_close_run, assert_same_run, fit,
-                        refused)
+from test_train import SHARED, STEPS, assert_as_plain, assert_close_run, assert_same_run, fit, refused
 
 import models
 import train

@@ -26,8 +26,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from extract_latents import (Latents, ResumableArrays, center_crop, decode, encode, latent_normalization,
-                             list_images, load_image, load_vae, read_ahead)
+from extract_latents import (
+    Latents,
+    ResumableArrays,
+    center_crop,
+    decode,
+    encode,
+    latent_normalization,
+    list_images,
+    load_image,
+    load_vae,
+    read_ahead,
+)
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
@@ -400,7 +410,7 @@ def test_processes_share_the_batches(tmp_path):
     """Each batch belongs to one of them, until all of it is on disk; the batch size may change."""
     first = ResumableArrays(tmp_path / "a", {}, 20, {"x": ((20, 2), "float16")})
     assert [first.batches(6, rank, 3) for rank in range(3)] == [
-        [range(0, 6), range(18, 20)], [range(6, 12)], [range(12, 18)]]
+        [range(6), range(18, 20)], [range(6, 12)], [range(12, 18)]]
     first.write(range(3, 9), x=np.ones((2, 6)).T)
     again = ResumableArrays(tmp_path / "a", {}, 20, {"x": ((20, 2), "float16")})
     assert [[r.start for r in again.batches(4, rank, 2)] for rank in (0, 1)] == [[0, 12], [8, 16]]

@@ -217,7 +217,7 @@ def test_initialisation():
     model = SiT(8, hidden_size=256, depth=2, num_heads=4, vae_repa_depth=2, repa_depth=1, sra_depth=1)
     normal = {"y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"}
     for name, p in model.named_parameters():
-        if name.endswith("bias") or "adaLN_modulation" in name or name.endswith("final_layer.linear.weight"):
+        if name.endswith(("bias", "final_layer.linear.weight")) or "adaLN_modulation" in name:
             assert not p.any(), name
         elif name in normal:
             assert p.std().item() == pytest.approx(0.02, rel=0.02), name

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
+import numpy as np
 import pytest
 import torch.distributed.run
-from conftest import ROOT, TINY, process
+from conftest import ROOT, TINY, drawn_rows, process
 from PIL import Image
 
-import demo
 import extract_latents
 
 README = (ROOT / "README.md").read_text()
@@ -65,7 +66,7 @@ def test_flags_exist(monkeypatch):
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args()
-    every = set().union(*known.values(), {"--NAME-depth", "--NAME-weight", "--early-v-depth"})
+    every = set().union(*known.values(), {"--early-v-depth", "--qk-norm"})
     shown = 0
     for word in WORDS:
         named = re.match(r"(\w+)\.py ", word)
@@ -85,7 +86,7 @@ def test_links_and_files():
     headings = re.findall(r"^#+ (.*)", TEXT, re.M)
     anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     files = [target.split("#")[0] for target in targets if not target.startswith(("https://", "#"))]
-    files += [word for word in re.findall(r"[\w./]+\.py\b", README)]
+    files += re.findall(r"[\w./]+\.py\b", README)
     assert len(links) >= 6 and not [file for file in files if not (ROOT / file).exists()]
     assert not [target for target in targets if target.startswith("#") and target not in anchors]
     pictures = [ROOT / file for file in files if file.endswith(".png")]
@@ -130,10 +131,8 @@ def test_the_demo(repo):
     assert [grid.size for grid in grids] == [(8 * 64, 10 * 64)] * 4
 
 
-def test_an_alignment_of_ones_own(latents, repo, tmp_path):
-    """The edits of "Add your own" in a copy of the repo: it trains, logs, resumes, samples with it."""
-    blocks = re.findall(r"```diff\n(\w+\.py)\n(.*?)```", README, re.S)
-    assert [file for file, _ in blocks] == ["models.py", "train.py"]
+def apply(repo, blocks):
+    """Edit a copy of the repo by README's diffs, [(file, diff)]."""
     for file, diff in blocks:
         text = (repo / file).read_text()
         for hunk in diff.split("\n\n"):
@@ -143,17 +142,89 @@ def test_an_alignment_of_ones_own(latents, repo, tmp_path):
             assert text.count(before) == 1, before
             text = text.replace(before, after)
         (repo / file).write_text(text)
-    flags = ("--data", latents, "--early-v-depth", 3, "--lr", 1e-3)
-    process(repo / "train", *TINY, *flags, "--max-steps", 3, cwd=tmp_path)
-    process(repo / "train", *TINY, *flags, "--max-steps", 6, "--micro-batch", 2, cwd=tmp_path)
-    (run,) = (tmp_path / "runs").iterdir()
-    assert run.name.startswith("SiT-Ti-4_") and "_early-v-depth-3" in run.name
-    assert "early-v-weight" not in run.name
+
+
+def edit(path, before, after):
+    assert path.read_text().count(before) == 1, before
+    path.write_text(path.read_text().replace(before, after))
+
+
+def run_all(repo, *commands):
+    """Run commands of a copy one after another; in one process, which imports but once."""
+    commands = [list(map(str, words)) for words in commands]
+    code = f"""import importlib, sys
+sys.path[:0] = {[str(repo), str(repo / "tests")]}
+for sys.argv in {commands}:
+    importlib.import_module(sys.argv[0]).main()"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def diffs():
+    """README's two examples: [(file, diff), (file, diff)] of a loss, and of the transformer."""
+    blocks = re.findall(r"```diff\n(\w+\.py)\n(.*?)```", README, re.S)
+    assert [file for file, _ in blocks] == ["models.py", "train.py"] * 2
+    return blocks[:2], blocks[2:]
+
+
+def test_a_loss_of_ones_own(latents, repo):
+    """README's edits, and a target that is stored: it trains, logs, resumes, samples with them."""
+    apply(repo, diffs()[0])
+    edit(repo / "train.py", 'extras=["images"] if args.repa_depth else []', 'extras=["clip"]')
+    edit(repo / "train.py", "    return losses\n\n\ndef loss_weights", """\
+    losses["clip"] = batch["clip"].mean(dim=1) * v_pred.mean(dim=(1, 2, 3)).exp()
+    return losses\n\n\ndef loss_weights""")
+    edit(repo / "train.py", '        "denoising": 1.0,\n', '        "denoising": 1.0, "clip": 0.5,\n')
+    shutil.copytree(latents, repo / "set")
+    clip = np.random.default_rng(0).random((12, 5), np.float32)
+    np.save(repo / "set" / "clip.npy", clip)
+    train = ("train", *TINY, "--data", "set", "--early-v-depth", 3, "--lr", 1e-3, "--max-steps")
+    run = repo / "runs" / "SiT-Ti-4_data-set_vae-repa-depth-2_early-v-depth-3_batch-size-4_lr-0.001"
+    run_all(repo, (*train, 3), (*train, 6, "--micro-batch", 2),
+            ("sample", "--ckpt", run / "checkpoints/0000006.pt", "--num-steps", 2, "--per-class", 1))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert list(lines[0])[1:4] == ["denoising", "vae_repa", "early_v"] and len(lines) == 6
+    assert list(lines[0])[1:5] == ["denoising", "vae_repa", "early_v", "clip"] and len(lines) == 6
     assert lines[0]["early_v"] == pytest.approx(lines[0]["denoising"], rel=1e-5)  # both predict 0 at first
     assert lines[5]["early_v"] != lines[5]["denoising"]
-    process(repo / "sample", "--ckpt", run / "checkpoints" / "0000006.pt", "--num-steps", 2, "--per-class", 1)
+    assert lines[0]["clip"] == pytest.approx(clip[drawn_rows(0, 0, 4, 12)].mean(), rel=1e-5)  # of this batch
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_transformer_of_ones_own(latents, repo, depth):
+    """README's edits, and flags for parameters that SiT has already: with heads and without, what is sampled
+    and drawn is the network that was trained and resumed."""
+    shutil.copytree(ROOT / "tests", repo / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.pt2"))
+    apply(repo, diffs()[1])
+    edit(repo / "train.py", '    add("--qk-norm",', """\
+    add("--mlp-ratio", type=float, default=4.0)
+    add("--num-heads", type=positive_int)
+    add("--qk-norm",""")
+    (repo / "check.py").write_text("""
+import sys, torch, models, sample
+def main():
+    path = sys.argv[1]
+    torch.manual_seed(0)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4)
+    model, settings = sample.load_model(path)
+    trained = models.build_model(settings)
+    trained.load_state_dict(torch.load(path, weights_only=True)["ema"])
+    assert torch.equal(model(x, t, y), trained(x, t, y))
+    attention = model.blocks[0].attn
+    assert attention.num_heads == 2 and type(attention.q_norm) is torch.nn.LayerNorm
+    assert model.blocks[0].mlp.fc1.out_features == 256 and not model.heads
+    other = models.build_model({**settings, "num_heads": None}, heads=False)
+    assert other.blocks[0].attn.num_heads == 4
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(x, t, y), other(x, t, y), atol=1e-4)
+""")
+    train = ("train", *TINY, "--data", latents, "--run-dir", "run", "--vae-repa-depth", depth, "--lr", 0.1,
+             "--ema-decay", 0.1, "--qk-norm", "--mlp-ratio", 2, "--num-heads", 2, "--max-steps")
+    ckpt = repo / "run" / "checkpoints" / "0000004.pt"
+    run_all(repo, (*train, 2), (*train, 4), ("check", ckpt),
+            ("sample", "--ckpt", ckpt, "--num-steps", 2, "--per-class", 1),
+            ("figures", "features", "--ckpt", ckpt, "--data", latents, "--layers", 1, "--out", "out"))
+    assert (repo / "out" / "features.png").exists() and ckpt.with_suffix(".png").exists()
 
 
 def test_the_top_level_holds_what_was_promised():

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import repa_e
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, tiny_encoder, write_set
@@ -22,12 +23,10 @@ from test_alignments import flags_of
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
 
-import extract_latents
 import models
-import repa_e
 import sample
 import train
-from extract_latents import Latents
+from extract_latents import Latents, decode, latent_normalization, load_vae
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # of VGG16 in torchvision
@@ -209,7 +208,7 @@ def test_where_gradients_go(tuning, vae):
     """Reconstruction's to decoder and encoder, KL's and REPA's to the encoder alone, the hinge loss's to the
     discriminator; and a step leaves none on SiT and its head."""
     torch.manual_seed(0)
-    kl = extract_latents.load_vae(str(vae)).requires_grad_()
+    kl = load_vae(str(vae)).requires_grad_()
     tuned = torch.nn.ModuleDict({"vae": kl, "gan": models.Discriminator(),
                                  "lpips": models.LPIPS(*map(load, tuning[1][2:4]))})
     model = aligned_model()
@@ -300,7 +299,8 @@ def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
         line["repa"] = -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()
         total = line["denoising"] + 0.5 * line["repa"]
         if args.vae_repa_depth:
-            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], models.patchify(x, like=heads["vae_repa"]), beta=0.05)
+            target = models.patchify(x, like=heads["vae_repa"])
+            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], target, beta=0.05)
             total = total + line["vae_repa"]
         line["grad_norm"] = step_of(total, sit, optimizers[2])
         now = {**sit.state_dict(), **{f"bn.{k}": v for k, v in bn.state_dict().items()}}
@@ -326,9 +326,9 @@ def test_training_equals_a_plain_loop(capsys, tuning, common, vae, tmp_path, fla
     lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3)
     gan = models.Discriminator()
     gan.load_state_dict(load(tuning[1][5]))
-    files = (extract_latents.load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])))
-    expected, sit, average, tuned, judge = plain_loop(
-        state["settings"], tuning[0], 3, *files, models.Encoder(tiny_encoder(), 32))
+    networks = (load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])),
+                models.Encoder(tiny_encoder(), 32))
+    expected, sit, average, tuned, judge = plain_loop(state["settings"], tuning[0], 3, *networks)
     for line, other in zip(lines, expected, strict=True):
         assert set(line) - set(other) == {"step", "grad_norm_max", "images_per_s", "memory_gib"}
         for name, value in other.items():
@@ -357,7 +357,7 @@ def test_resumes_to_the_bit(capsys, tuning, common, vae, tmp_path, flags):
     for name in ("0000002-vae", "0000004-vae"):
         a, b = (contents(tmp_path / run / "checkpoints" / name) for run in ("whole", "parts"))
         assert list(a.values()) == list(b.values()) and len(a) == 2
-    start = extract_latents.load_vae(str(vae)).state_dict()
+    start = load_vae(str(vae)).state_dict()
     moved = max((state["tuned"][f"vae.{name}"] - x).abs().max() for name, x in start.items())
     assert (moved < 0.006) == ("--vae-from-scratch" not in flags) and moved > 1e-3  # 4 steps of 1e-3
 
@@ -431,7 +431,7 @@ def tuned_run(tmp_path_factory, tuning, common):
 def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
     """Extracted by it, x is what the checkpoint's SiT was trained on, and decodes as the VAE does."""
     folder, state = tuned_run / "checkpoints" / "0000003-vae", load(tuned_run / "state.pt")
-    vae = extract_latents.load_vae(str(folder))
+    vae = load_vae(str(folder))
     weights = {f"vae.{name}": x for name, x in vae.state_dict().items()}
     assert all(torch.equal(x, state["tuned"][name]) for name, x in weights.items())
     flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)
@@ -449,7 +449,7 @@ def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
     torch.testing.assert_close(x, (posterior.mean - mean) / std.sqrt(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(std_x, posterior.std / std.sqrt(), rtol=2e-3, atol=2e-3)
     facts = Latents(tmp_path / "set").facts
-    shown = extract_latents.decode(vae, x, facts["shift"], facts["scale"])
+    shown = decode(vae, x, facts["shift"], facts["scale"])
     assert (shown - decoded).abs().max() <= 1
     stored = np.load(tmp_path / "set" / "reconstructions.npy")  # for rFID
     assert abs(stored - decoded.numpy()).max() <= 1 and (stored == decoded.numpy()).mean() > 0.99
@@ -473,7 +473,7 @@ def test_a_tuned_checkpoint_samples(capsys, tuned_run, tmp_path):
     flags = ("--ckpt", ckpt, "--num-steps", 5, "--per-class", 1, "--mode", "ode", "--out", run / "a.png")
     status, _, err = cli(capsys, "sample", *flags)
     assert status == 0, err
-    model, vae = sample.load_model(ckpt)[0], extract_latents.load_vae(str(run / "checkpoints/0000003-vae"))
+    model, vae = sample.load_model(ckpt)[0], load_vae(str(run / "checkpoints/0000003-vae"))
     noise = sample.randn_like(torch.zeros(3, 4, 8, 8), [sample.rng(0, i, "cpu") for i in range(3)])
     x = sample.sample_ode(model, noise, torch.arange(3), num_steps=5)
     mean, var = (state["ema"][f"bn.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
@@ -510,7 +510,7 @@ def test_published_vaes(capsys, images, vae, tmp_path):
         config = {"scaling_factor": 0.18215, "latent_channels": 4, "_name_or_path": name}
         known = not name or name.endswith("sd")
         with contextlib.nullcontext() if known else pytest.raises(ValueError, match="latents_mean"):
-            assert extract_latents.latent_normalization(config) == (0, 0.18215)
+            assert latent_normalization(config) == (0, 0.18215)
     config = json.loads((vae / "config.json").read_text())
     config |= {"scaling_factor": 0.18215, "shift_factor": None}
     flags = ("--images", images, "--vae", folder, "--image-size", 32, "--num-workers", 1)

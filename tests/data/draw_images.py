@@ -59,10 +59,10 @@ def colours(rng):
     hue = rng.random()
     if rng.random() < 0.5:  # vivid shape on a pale ground
         fg = colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.35, .7))
-        ground = dict(s=rng.uniform(.05, .3), v=rng.uniform(.9, 1))
+        ground = {"s": rng.uniform(.05, .3), "v": rng.uniform(.9, 1)}
     else:                   # pale shape on a dark ground
         fg = colorsys.hsv_to_rgb(hue, rng.uniform(.15, .6), rng.uniform(.9, 1))
-        ground = dict(s=rng.uniform(.4, .9), v=rng.uniform(.12, .35))
+        ground = {"s": rng.uniform(.4, .9), "v": rng.uniform(.12, .35)}
     ground_hue = hue + rng.uniform(.25, .75)  # another part of the colour wheel than the shape's
     top = colorsys.hsv_to_rgb(ground_hue % 1, **ground)
     bottom = colorsys.hsv_to_rgb((ground_hue + rng.uniform(-.1, .1)) % 1, ground["s"],

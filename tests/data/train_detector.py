@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from draw_images import CLASSES, draw
 from torch import nn
 from tqdm import tqdm
-
-from draw_images import CLASSES, draw
 
 HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
-
 from draw_images import CLASSES, draw
+from tqdm import tqdm
 
 HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64

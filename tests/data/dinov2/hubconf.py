@@ -1,7 +1,7 @@
-"""A repository in torch.hub's local format that gives vision transformers with DINOv2's interface and parameter names.
+"""A repository in torch.hub's format that gives vision transformers with DINOv2's interface and names.
 
-For tests, which need an encoder that is small, and for tests/benchmark.py, which needs one as large as DINOv2's. Weights
-come, as DINOv2's do, from torch.hub's cache. DINOv2 itself: https://github.com/facebookresearch/dinov2
+For tests, which need an encoder that is small, and for tests/benchmark.py, which needs one of DINOv2's
+size. Weights come, as DINOv2's, from torch.hub's cache. DINOv2: https://github.com/facebookresearch/dinov2
 """
 
 dependencies = ["torch"]
@@ -66,7 +66,8 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x):
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # resampled by the caller
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.pos_embed  # resampled by the caller
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
