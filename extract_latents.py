@@ -272,7 +272,8 @@ def read_rows(array, rows):
     """array[rows] of a memory-mapped array, by system calls: a page fault would hold the GIL."""
     found = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb") as file:
-        for buffer, row in zip(found, rows):
+        for i, row in enumerate(rows):
+            buffer = found[i : i + 1]
             if os.preadv(file.fileno(), [buffer], array.offset + int(row) * buffer.nbytes) < buffer.nbytes:
                 raise OSError(errno.EIO, "ends too early", array.filename)
     return found

@@ -108,7 +108,7 @@ def loss_weights(args, epoch):
         "denoising": 1.0,
         "vae_repa": args.vae_repa_weight,
         "repa": args.repa_weight,
-        "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000),  # falls to a tenth in 1000 epochs
+        "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000),  # a tenth 1000 epochs after 149
     }
 
 
@@ -180,40 +180,10 @@ def image_tokens(encoder, batch, args):
 # ---- REPA-E, with --tune-vae
 
 
-def load_tuned(args, facts):
-    """The modules of `vae_step`: "vae", which made the latents, and if they have weight "gan" and "lpips".
-
-    Raises ValueError.
-    """
-    source, size = facts["vae"], facts["image_size"]
-    try:
-        vae, grey = load_vae(source), torch.zeros(1, 3, size, size)
-        if args.vae_from_scratch:
-            vae = type(vae).from_config(vae.config).eval()
-        posterior = getattr(vae.encode(grey), "latent_dist", None)
-        if not posterior:
-            raise ValueError("it has no Gaussian posterior")
-        if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
-            raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
-        tuned = torch.nn.ModuleDict({"vae": vae.requires_grad_()})
-        if args.gan_weight:
-            source, tuned["gan"] = "a discriminator", Discriminator()
-            tuned["gan"](grey)
-            if source := args.disc_init:
-                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
-        if args.lpips_weight:
-            vgg, lin = args.lpips_weights
-            source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
-            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
-        return tuned
-    except Exception as error:  # hub, config, weights, sizes
-        raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
-
-
 def vae_losses(tuned, model, batch, args):
     """Latents z of the VAE, and each image's terms of its loss and its discriminator's: {name: (B,)}.
 
-    tuned: see `load_tuned`; model: SiT, not wrapped in DDP.
+    tuned: {"vae", "gan", "lpips"}, the latter two if they have weight; model: SiT, not wrapped in DDP.
     """
     images, t = batch["images"].float() / 127.5 - 1, batch["t"]
     with autocast(images.device, args):
@@ -428,6 +398,33 @@ def default_run_dir(args, parser):
 
 
 # ---- The run
+
+
+def load_tuned(args, facts):
+    """The modules that `vae_step` takes; the VAE is the one that made the latents. Raises ValueError."""
+    source, size = facts["vae"], facts["image_size"]
+    try:
+        vae, grey = load_vae(source), torch.zeros(1, 3, size, size)
+        if args.vae_from_scratch:
+            vae = type(vae).from_config(vae.config).eval()
+        posterior = getattr(vae.encode(grey), "latent_dist", None)
+        if not posterior:
+            raise ValueError("it has no Gaussian posterior")
+        if list(posterior.mean.shape[1:]) != facts["latent_shape"]:
+            raise ValueError(f"it makes other latents than {facts['latent_shape']}, which --data holds")
+        tuned = torch.nn.ModuleDict({"vae": vae.requires_grad_()})
+        if args.gan_weight:
+            source, tuned["gan"] = "a discriminator", Discriminator()
+            tuned["gan"](grey)
+            if source := args.disc_init:
+                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
+        if args.lpips_weight:
+            vgg, lin = args.lpips_weights
+            source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
+            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
+        return tuned
+    except Exception as error:  # hub, config, weights, sizes
+        raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
 
 
 def build(args, facts):

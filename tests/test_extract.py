@@ -299,7 +299,8 @@ def test_the_reader(tmp_path, dtype, scale):
     np.save(folder / "labels.npy", labels.astype(np.uint8))
     about = json.loads((folder / "latents.json").read_text())
     np.save(folder / "clip.npy", clip := np.random.default_rng(1).normal(size=(12, 3, 5)).astype(dtype))
-    latents, facts = Latents(folder, ["images", "clip"]), {**about, "count": 12, "latent_shape": [4, 8, 8]}
+    np.save(folder / "score.npy", np.arange(12.0))
+    latents, facts = Latents(folder, ["images", "clip", "score"]), {**about, "count": 12, "latent_shape": [4, 8, 8]}
     assert latents.facts == {**facts, "image_size": 32} and Latents(folder).facts == facts
     found, moments = latents.read(np.array(rows)), moments.astype(np.float32)
     shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
@@ -308,6 +309,7 @@ def test_the_reader(tmp_path, dtype, scale):
     assert_array_equal(found["labels"], labels[rows])
     assert_array_equal(found["images"], images[rows].transpose(0, 3, 1, 2))
     assert_array_equal(found["clip"], clip[rows])
+    assert found.pop("score").tolist() == rows
     assert {name: x.dtype for name, x in found.items()} == {
         "mean": torch.float32, "std": torch.float32, "labels": torch.int64, "images": torch.uint8,
         "clip": getattr(torch, dtype)}
