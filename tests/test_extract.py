@@ -300,7 +300,8 @@ def test_the_reader(tmp_path, dtype, scale):
     about = json.loads((folder / "latents.json").read_text())
     np.save(folder / "clip.npy", clip := np.random.default_rng(1).normal(size=(12, 3, 5)).astype(dtype))
     np.save(folder / "score.npy", np.arange(12.0))
-    latents, facts = Latents(folder, ["images", "clip", "score"]), {**about, "count": 12, "latent_shape": [4, 8, 8]}
+    latents = Latents(folder, ["images", "clip", "score"])
+    facts = {**about, "count": 12, "latent_shape": [4, 8, 8]}
     assert latents.facts == {**facts, "image_size": 32} and Latents(folder).facts == facts
     found, moments = latents.read(np.array(rows)), moments.astype(np.float32)
     shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))

@@ -368,7 +368,7 @@ def test_resumes_to_the_bit(capsys, tuning, common, tmp_path):
 
 @pytest.mark.parametrize("flags, mean, var", [((), 0.25, 4), (("--vae-from-scratch",), 0, 1)])
 def test_how_it_begins(capsys, tuning, common, vae, tmp_path, flags, mean, var):
-    """With the VAE and its latents' statistics, which an EMA of decay 1 keeps, or random weights and (0, 1)."""
+    """With the VAE and its latents' statistics, which an EMA of decay 1 keeps, or random weights and 0, 1."""
     _, state = fit(capsys, tuning[0], tmp_path / "run", *common, *flags, "--max-steps", 1, "--ema-decay", 1)
     assert state["ema"]["bn.running_mean"].tolist() == [mean] * 4
     assert state["ema"]["bn.running_var"].tolist() == [var] * 4
@@ -401,7 +401,7 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
             for part in ("model", "ema"):
                 torch.testing.assert_close(state[part][name], whole[1][part][name], rtol=1e-4, atol=1e-5)
         weights = [*state["model"], *(name for name in state["tuned"] if name.startswith("vae."))]
-        count = sum(not name.startswith(("bn.", "pos_embed")) for name in weights)  # those of the PatchGAN last
+        count = sum(not name.startswith(("bn.", "pos_embed")) for name in weights)  # the PatchGAN's are last
         pairs = [[each["opt"]["state"][i]["exp_avg"] for each in (state, whole[1])] for i in range(count)]
         largest = max(gradient.abs().max() for _, gradient in pairs)
         for found, gradient in pairs:
