@@ -501,10 +501,13 @@ def lock(path, output):
             fail(f"another process is writing {output} now; wait for it, or give another output")
 
 
-def check_same_settings(record, settings):
-    """Fail, naming each setting that differs, if the JSON file `record` of an output has others."""
+def check_same_settings(record, settings, defaults=None):
+    """Fail, naming each setting that differs, if the JSON file `record` of an output has others.
+
+    Its settings are at their defaults where it does not know them, or else not compared.
+    """
     try:
-        there = {**json.loads(record.read_text())}
+        there = {**(defaults or {}), **json.loads(record.read_text())}
         there |= there["data"] if isinstance(there.get("data"), dict) else {}  # of a run of train.py
     except Exception as error:
         fail(f"{record} is missing or damaged ({first_line(error)}); remove what it describes")

@@ -229,9 +229,8 @@ SIZES = {"SiT-XL": (28, 1152, 16), "SiT-L": (24, 1024, 16), "SiT-B": (12, 768, 1
          "SiT-Ti": (6, 128, 4)}  # which is ours
 SiT_models = {f"{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=num_heads, patch_size=p)
               for size, (depth, width, num_heads) in SIZES.items() for p in (1, 2, 4, 8)}
-# the block that the paper aligns (4.2), and SRA's student and teacher; no paper has S and Ti
-ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8, "SiT-B": 2, "SiT-S": 2, "SiT-Ti": 2}
-SRA_DEPTHS = {"SiT-XL": (8, 20), "SiT-L": (6, 16), "SiT-B": (3, 8), "SiT-S": (3, 8), "SiT-Ti": (2, 4)}
+ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8}  # the block that the paper aligns (4.2), of others block 2
+SRA_TEACHERS = {"SiT-XL": 20, "SiT-L": 16, "SiT-B": 8}  # the block that is SRA's target
 
 
 def build_model(settings, heads=True):
@@ -239,10 +238,10 @@ def build_model(settings, heads=True):
 
     settings: train.py's flags by name, "data": facts on the latents, and with REPA "repa_dim".
     """
-    channels, size, _ = settings["data"]["latent_shape"]
-    options = {name: settings[name] for name in inspect.signature(SiT).parameters
-               if settings.get(name) is not None}
-    model = SiT_models[settings["model"]](
+    network, (channels, size, _) = SiT_models[settings["model"]], settings["data"]["latent_shape"]
+    options = {name: settings[name] for name in inspect.signature(network).parameters
+               if settings.get(name) is not None}  # flags that are named as its parameters are
+    model = network(
         input_size=size, in_channels=channels, num_classes=settings["data"]["num_classes"], **options)
     if not heads:
         model.heads, model.head_depths, model.bn = nn.ModuleDict(), {}, None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from extract_latents import (
@@ -43,7 +44,7 @@ from models import SIZES, build_model
 
 
 def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
-    """v at (x, t), guided if t is in the interval: v0 + cfg_scale (v - v0), where v0 is the null class's."""
+    """v at (x, t); where t is in the interval guided by the null class's, v_null + cfg_scale (v - v_null)."""
     times = x.new_full((len(x),), t)
     low, high = guidance_interval
     if cfg_scale == 1 or not low <= t <= high:  # outside the interval v_null is not computed
@@ -54,13 +55,13 @@ def guided_velocity(model, x, t, y, cfg_scale, guidance_interval):
 
 
 @torch.no_grad()
-def sample_sde(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), generators=None):
+def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), generators=None):
     """Euler-Maruyama for dx = (v - w_t s / 2) dt + sqrt(w_t) dW, w_t = 2t, as in REPA (section 4.1, Eq. 6).
 
-    z: noise (B, C, H, W); y: labels (B,); generators: one torch.Generator an image, or None for torch's own.
+    noise: (B, C, H, W); y: labels (B,); generators: one torch.Generator an image, or None for torch's own.
     Returns latents (B, C, H, W). Times: num_steps from 1 to 0.04, then one step to 0 without noise.
     """
-    x = z
+    x = noise
     for t, t_next in pairwise([*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]):
         dt, w = t_next - t, 2 * t
         v = guided_velocity(model, x, t, y, cfg_scale, guidance_interval)
@@ -72,9 +73,9 @@ def sample_sde(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0
 
 
 @torch.no_grad()
-def sample_ode(model, z, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0)):
-    """Euler's method for dx = v dt: num_steps equal steps from 1 to 0; else as `sample_sde`."""
-    x = z
+def sample_ode(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0)):
+    """Euler's method for dx = v dt: num_steps equal steps from 1 to 0. Arguments as of `sample_sde`."""
+    x = noise
     for t, t_next in pairwise(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()):
         x = x + guided_velocity(model, x, t, y, cfg_scale, guidance_interval) * (t_next - t)
     return x
@@ -105,14 +106,19 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
     """
     device = next(model.parameters()).device
     generators = [rng(seed, i, device) for i in rows]
-    z = randn_like(torch.empty(len(rows), *facts["latent_shape"], device=device), generators)
+    noise = randn_like(torch.empty(len(rows), *facts["latent_shape"], device=device), generators)
     y = torch.as_tensor(y, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # x stays float32
+    with autocast(device, precision):  # x stays float32
         if mode == "sde":
-            x = sample_sde(model, z, y, generators=generators, **options)
+            x = sample_sde(model, noise, y, generators=generators, **options)
         else:
-            x = sample_ode(model, z, y, **options)
+            x = sample_ode(model, noise, y, **options)
     return decode(vae, x, facts["shift"], facts["scale"])
+
+
+def autocast(device, precision):
+    """Matrix products in bf16, if that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def save_grid(images, columns, path):
@@ -141,8 +147,8 @@ def to_bf16(model):
 
 # ---- Checkpoints
 
-# weights that are not SiT's own: our heads, REPA's, SRA's, and REPA-E's norm
-HEADS = ("heads.", "projectors.", "ap_head.", "bn.")
+# weights that only training needs: our heads, REPA's, SRA's, and REPA-E's norm
+TRAINING_ONLY = ("heads.", "projectors.", "ap_head.", "bn.")
 
 
 def load_checkpoint(path):
@@ -151,15 +157,25 @@ def load_checkpoint(path):
         return {**torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
 
 
+class NoInitialWeights(TorchFunctionMode):
+    """Within it, no random numbers are drawn, which takes long for weights that are then replaced."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def load_model(path):
     """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
     try:
         checkpoint = load_checkpoint(path)
         weights = checkpoint.get("ema", checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
-        with torch.device("meta"):  # no initial weights
+        with NoInitialWeights():
             model = build_model(settings, heads=False)
-        model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(HEADS)}, assign=True)
+        own = {name: x for name, x in weights.items() if not name.startswith(TRAINING_ONLY)}
+        model.load_state_dict(own, assign=True)
         facts = facts_of(settings["data"], weights)
         if settings.get("tune_vae"):
             facts["vae"] = vae_folder(path)

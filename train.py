@@ -11,7 +11,6 @@ x is the VAE's latent, drawn from its posterior anew every step, shifted and sca
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -48,7 +47,7 @@ from extract_latents import (
 from models import (
     ALIGN_DEPTHS,
     LPIPS,
-    SRA_DEPTHS,
+    SRA_TEACHERS,
     Discriminator,
     SiT_models,
     build_model,
@@ -56,7 +55,7 @@ from models import (
     mean_over_processes,
     patchify,
 )
-from sample import draw_grid, load_checkpoint, rng, save_vae
+from sample import autocast, draw_grid, load_checkpoint, rng, save_vae
 
 # ---- The method
 
@@ -80,18 +79,19 @@ def alignment_loss(prediction, target, objective="smooth_l1", beta=0.05):
 
 
 def training_losses(model, ema, batch, args):
-    """Each image's terms of Eq. 8 before weighting, in float32: {"denoising" and each head's name: (B,)}.
+    """The unweighted terms of Eq. 8, {"denoising" and each head's name: (B,) float32}, a number an image.
 
     ema: the averaged model, SRA's teacher; batch: see `make_batch`.
     """
     x, noise, t, y = batch["x"], batch["noise"], batch["t"], batch["y"]
     x_t, v = interpolate(x, noise, t)
-    v_pred, heads = model(x_t, t, y, return_align=True)  # heads: their predictions, {name: (B, N, dim)}
+    v_pred, heads = model(x_t, t, y, return_align=True)  # {head of models.SiT: its prediction (B, N, dim)}
     losses = {"denoising": (v_pred.float() - v).square().mean(dim=(1, 2, 3))}  # Eq. 4
     if "vae_repa" in heads:  # VAE-REPA, Eq. 7: the target is the clean latent itself, as patches
-        x_pred, (low, high) = heads["vae_repa"], args.vae_repa_interval
+        x_pred = heads["vae_repa"]
         loss = alignment_loss(x_pred, patchify(x, like=x_pred), args.vae_repa_loss, args.vae_repa_beta)
-        losses["vae_repa"] = loss * ((low <= t) & (t <= high)) / (high - low)  # [0, 1] by default
+        low, high = args.vae_repa_interval  # outside, the loss is 0, and inside larger: the mean is kept
+        losses["vae_repa"] = loss * ((low <= t) & (t <= high)) / (high - low)
     if "repa" in heads:  # REPA: the target is an image encoder's patch tokens
         losses["repa"] = alignment_loss(heads["repa"], batch["tokens"], "cosine")
     if "sra" in heads:  # SRA: the target is a later block of the EMA model, which sees less noise
@@ -108,23 +108,22 @@ def loss_weights(args, epoch):
         "denoising": 1.0,
         "vae_repa": args.vae_repa_weight,
         "repa": args.repa_weight,
-        "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000),  # a tenth 1000 epochs after 149
+        "sra": args.sra_weight * 0.1 ** (max(epoch - 149, 0) / 1000),  # a tenth every 1000 epochs
     }
 
 
 def training_step(model, ema, optimizer, batch, args, epoch):
     """One optimizer step on this process's images; model may be wrapped in DDP.
 
-    Returns scalars by name: the means of their losses before weighting, and "grad_norm" over all processes.
+    Returns scalars by name: the mean over these images of each unweighted loss, and the gradient's norm.
     """
     weights, means, micros = loss_weights(args, epoch), {}, micro_batches(batch, args)
     for micro in micros:
-        wait = isinstance(model, DDP) and micro is not micros[-1]  # with averaging gradients
-        with model.no_sync() if wait else contextlib.nullcontext():
-            with autocast(batch["x"].device, args):
-                losses = training_losses(model, ema, micro, args)
-            losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
-            sum(weights[name] * loss for name, loss in losses.items()).backward()  # Eq. 8
+        model.require_backward_grad_sync = micro is micros[-1]  # DDP then averages over the processes
+        with autocast(batch["x"].device, args.precision):
+            losses = training_losses(model, ema, micro, args)
+        losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
+        sum(weights[name] * loss for name, loss in losses.items()).backward()  # Eq. 8
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
     means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     optimizer.step()
@@ -139,15 +138,12 @@ def micro_batches(batch, args):
     return [dict(zip(batch, part)) for part in parts]
 
 
-def autocast(device, args):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model: parameters, and buffers, which are constants or REPA-E's."""
-    averages, values = ([*each.parameters(), *each.buffers()] for each in (ema, model))
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    """ema <- decay * ema + (1 - decay) * model, of parameters and of REPA-E's statistics."""
+    averages, values = ([*each.parameters(), *filter(torch.is_floating_point, each.buffers())]
+                        for each in (ema, model))
+    torch._foreach_lerp_(averages, values, 1 - decay)  # buffers that are constants stay as they are
 
 
 # ---- The batch
@@ -158,6 +154,7 @@ def make_batch(stored, step, null_class, args, local, device):
 
     stored: from `Latents.read`; extras in it go into the batch as they are. Random numbers are drawn for the
     whole batch and depend on (seed, step) alone: neither a resume nor the number of processes changes them.
+    The order of the images has its own stream (`Latents.rows`), as have the first weights (`build`).
     """
     pin = device.type == "cuda"  # so that copies do not wait for the GPU
     batch = {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in stored.items()}
@@ -168,12 +165,12 @@ def make_batch(stored, step, null_class, args, local, device):
     t_teacher = (t - args.sra_t_max * u_teacher).clamp(min=0)
     y = torch.where(u_drop[local] < args.label_dropout, null_class, batch["labels"])
     return {**batch, "x": mean + std * eps[local], "noise": noise[local], "t": t[local], "y": y,
-            "t_teacher": t_teacher[local], "eps": eps[local]}
+            "t_teacher": t_teacher[local], "eps": eps[local]}  # labels and eps: for REPA-E
 
 
 def image_tokens(encoder, batch, args):
     """REPA's target (b, N, dim): the encoder's patch tokens of the batch's images."""
-    with autocast(batch["images"].device, args):
+    with autocast(batch["images"].device, args.precision):
         return torch.cat([encoder(images) for images in batch["images"].split(args.micro_batch)])
 
 
@@ -186,9 +183,9 @@ def vae_losses(tuned, model, batch, args):
     tuned: {"vae", "gan", "lpips"}, the latter two if they have weight; model: SiT, not wrapped in DDP.
     """
     images, t = batch["images"].float() / 127.5 - 1, batch["t"]
-    with autocast(images.device, args):
+    with autocast(images.device, args.precision):
         posterior = tuned["vae"].encode(images).latent_dist
-        posterior = type(posterior)(posterior.parameters.float())
+        posterior = type(posterior)(posterior.parameters.float())  # mean, std and KL in float32
         z = posterior.mean + posterior.std * batch["eps"]
         decoded = tuned["vae"].decode(z).sample
         x_t, _ = interpolate(model.bn(z), batch["noise"], t)
@@ -222,7 +219,7 @@ def vae_step(tuned, model, batch, args):
         losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
         if "gan" in tuned:
-            losses.pop("discriminator").backward()
+            losses.pop("discriminator").backward()  # the rest is the VAE's
         loss = sum(weights[name] * loss for name, loss in losses.items())
         loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
     for name, module in tuned.items():
@@ -259,7 +256,7 @@ def save(path, checkpoint):
 
 
 def save_checkpoints(run_dir, step, numbered, settings, parts):
-    """Write state.pt, all that a resume needs, and if numbered checkpoints/STEP.pt, which samples."""
+    """Write state.pt, for a resume, and, if numbered, checkpoints/STEP.pt, for sample.py."""
     checkpoint = {"ema": parts["ema"].state_dict(), "step": step, "settings": settings}
     if numbered:
         path = run_dir / "checkpoints" / f"{step:07d}.pt"
@@ -311,7 +308,7 @@ def any_signal():
 # ---- Flags
 
 
-def parse_args():
+def make_parser():
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
     add = parser.add_argument_group("model and data").add_argument
@@ -361,16 +358,20 @@ def parse_args():
     add("--state-every", type=positive_int, default=10_000, help="steps between rewrites of state.pt")
     add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0 is off")
     add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
-    args = parser.parse_args()
+    return parser
 
+
+def parse_args():
+    parser = make_parser()
+    args = parser.parse_args()
     size = args.model.split("/")[0]
     if args.vae_repa_depth is None:
-        args.vae_repa_depth = ALIGN_DEPTHS[size]
+        args.vae_repa_depth = ALIGN_DEPTHS.get(size, 2)
     args.vae_repa_depth *= args.vae_repa_weight > 0  # weight 0 builds no head either
     args.repa_depth *= args.repa_weight > 0
     args.sra_depth *= args.sra_weight > 0
     if args.sra_depth:
-        args.sra_teacher_depth = args.sra_teacher_depth or SRA_DEPTHS[size][1]
+        args.sra_teacher_depth = args.sra_teacher_depth or SRA_TEACHERS.get(size, 4)
     low, high = args.vae_repa_interval
     if low >= high:
         fail(f"--vae-repa-interval {low} {high} must have LO < HI")
@@ -385,7 +386,7 @@ def parse_args():
     return args
 
 
-# settings that a resume may change; of the data, the facts are compared and not the path
+# what a resume may change
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
         "sample_every", "lpips_weights", "wandb")
 
@@ -428,11 +429,10 @@ def load_tuned(args, facts):
 
 
 def build(args, facts):
-    """What the flags ask for, new and on the CPU: (parts, settings, REPA's encoder or None).
-
-    parts: {"model", "ema", "opt", "tuned" if any}, what state.pt keeps; settings: what `build_model` needs.
+    """What the flags ask for, new and on the CPU: (model, EMA model, REPA's encoder or None, modules of
+    `vae_step`, settings). settings: what checkpoints keep, and `build_model` needs.
     """
-    encoder, settings = None, {**vars(args), "data": facts}
+    encoder, tuned, settings = None, torch.nn.ModuleDict(), {**vars(args), "data": facts}
     try:
         if args.repa_depth:
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
@@ -445,15 +445,13 @@ def build(args, facts):
         if args.sra_depth and not args.sra_depth < args.sra_teacher_depth <= len(model.blocks):
             raise ValueError(f"--sra-teacher-depth {args.sra_teacher_depth} is not above --sra-depth "
                              f"{args.sra_depth} and at most {len(model.blocks)}")
-        tuned = {"tuned": load_tuned(args, facts)} if args.tune_vae else {}
+        if args.tune_vae:
+            tuned = load_tuned(args, facts)
     except ValueError as error:
         fail(first_line(error))
     if tuned and not args.vae_from_scratch:
         model.bn.start(facts["shift"], facts["scale"])
-    trained = [p for module in (model, *tuned.values()) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return {"model": model, "ema": ema, "opt": optimizer, **tuned}, settings, encoder
+    return model, copy.deepcopy(model).eval().requires_grad_(False), encoder, tuned, settings
 
 
 def compile_layers(model, ema, args):
@@ -467,14 +465,17 @@ def compile_layers(model, ema, args):
 def main():
     # checks, on the CPU
     args = parse_args()
-    latents = Latents(args.data, extras=["images"] if args.repa_depth else [])
+    extras = ["images"] if args.repa_depth else []
+    latents = Latents(args.data, extras)
     facts, run_dir, first = latents.facts, Path(args.run_dir), int(os.environ.get("RANK", 0)) == 0
-    parts, settings, encoder = build(args, facts)
+    raw_model, ema, encoder, tuned, settings = build(args, facts)
     if (run_dir / "settings.json").exists():
         flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
-        check_same_settings(run_dir / "settings.json", flat)
-    start = resume(run_dir / "state.pt", parts)
-    raw_model, ema, optimizer, tuned, vae = *map(parts.get, ("model", "ema", "opt", "tuned")), None
+        check_same_settings(run_dir / "settings.json", flat, vars(make_parser().parse_args([])))
+    trained = [*raw_model.parameters(), *tuned.parameters()]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})
+    start, vae = resume(run_dir / "state.pt", parts), None
     if first and 0 < args.sample_every <= args.max_steps:
         try:
             vae = tuned["vae"] if tuned else load_vae(facts["vae"])

@@ -49,7 +49,7 @@ import fid
 import sample
 import train
 from extract_latents import Parser, encode, fail, load_vae, positive_int, read_ahead, write_json
-from models import Encoder, SiT_models, build_model
+from models import ALIGN_DEPTHS, Encoder, SiT_models, build_model
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
 PAPER_ROWS = "external, M", "head, M", ON_8, "GFLOPs", FORWARD  # Table 4, on H100s
@@ -112,9 +112,9 @@ def train_args(method, args, *flags):
     """train.py's flags for a method."""
     size = args.model.split("/")[0]
     encoder = "dinov2_vitt14" if size == "SiT-Ti" else "dinov2_vitl14"  # the table's is L
-    depth = {"plain": [], "VAE-REPA": ["--vae-repa-depth", train.ALIGN_DEPTHS[size]],
-             "REPA": ["--repa-depth", train.ALIGN_DEPTHS[size], "--repa-encoder", encoder],
-             "SRA": ["--sra-depth", train.SRA_DEPTHS[size][0]]}[method]
+    depth, sra_depth = ALIGN_DEPTHS.get(size, 2), {"SiT-XL": 8, "SiT-L": 6, "SiT-Ti": 2}.get(size, 3)
+    depth = {"plain": [], "VAE-REPA": ["--vae-repa-depth", depth], "SRA": ["--sra-depth", sra_depth],
+             "REPA": ["--repa-depth", depth, "--repa-encoder", encoder]}[method]
     with command("train", "--model", args.model, "--vae-repa-depth", 0, *depth, *flags):
         return train.parse_args()
 
@@ -178,8 +178,8 @@ def build(method, args, folder, *sizes):
     run_args = {n: train_args(method, args, *flags, n) for n in sizes}
     latents = extract_latents.Latents(folder, extras=["images"] if method == "REPA" else [])
     with mock.patch.object(train, "load_encoder", random_encoder):
-        parts, _, encoder = train.build(run_args[sizes[0]], latents.facts)
-    return run_args, latents, parts["model"], parts["ema"], encoder
+        model, ema, encoder, _, _ = train.build(run_args[sizes[0]], latents.facts)
+    return run_args, latents, model, ema, encoder
 
 
 class Run:
@@ -231,7 +231,7 @@ class Run:
         """The forward passes of one image, eager: model, heads, REPA's encoder, SRA's teacher."""
         args = next(iter(self.args.values()))
         batch = {name: values[:1] for name, values in self.batch(self.kept, args).items()}
-        with torch.compiler.set_stance("force_eager"), train.autocast(self.device, args):
+        with torch.compiler.set_stance("force_eager"), sample.autocast(self.device, args.precision):
             train.training_losses(self.model, self.ema, self.add_tokens(batch, args), args)
 
 
@@ -349,7 +349,7 @@ def computed_bytes(method, args, folder):
         batch["tokens"] = train.image_tokens(encoder, batch, run_args[4])
     for n in (2, 4):
         part = {name: values[:n] for name, values in batch.items()}
-        with train.autocast(args.device, args):
+        with sample.autocast(args.device, args.precision):
             saved[n] = saved_bytes(model, train.training_losses, model, ema, part, run_args[4])
     each = (saved[4] - saved[2]) / 2
     trained, external = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, encoder))

@@ -171,7 +171,7 @@ def diffs():
 def test_a_loss_of_ones_own(latents, repo):
     """README's edits, and a target that is stored: it trains, logs, resumes, samples with them."""
     apply(repo, diffs()[0])
-    edit(repo / "train.py", 'extras=["images"] if args.repa_depth else []', 'extras=["clip"]')
+    edit(repo / "train.py", "    latents = Latents(", '    extras.append("clip")\n    latents = Latents(')
     edit(repo / "train.py", "    return losses\n\n\ndef loss_weights", """\
     losses["clip"] = batch["clip"].mean(dim=1) * v_pred.mean(dim=(1, 2, 3)).exp()
     return losses\n\n\ndef loss_weights""")
@@ -192,10 +192,17 @@ def test_a_loss_of_ones_own(latents, repo):
 
 @pytest.mark.parametrize("flags", [("--vae-repa-depth", 0), ("--vae-repa-depth", 2, "--qk-norm")])
 def test_a_transformer_of_ones_own(latents, repo, flags):
-    """README's edits, and flags for parameters that SiT has already: with heads and without, what is sampled
-    and drawn is the network that was trained and resumed."""
+    """README's edits, flags for parameters that SiT has already, and tables such as RoPE's: with heads and
+    without, what is sampled and drawn is the network that was trained and resumed."""
     shutil.copytree(ROOT / "tests", repo / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.pt2"))
     apply(repo, diffs()[1])
+    edit(repo / "models.py", "        self.blocks = nn.ModuleList(", """\
+        self.register_buffer("table", torch.randn(1) * 0 + 0.5, persistent=False)
+        self.number = torch.arange(3)
+        self.register_buffer("step", torch.tensor(3))
+        self.blocks = nn.ModuleList(""")
+    edit(repo / "models.py", "return self.x_embedder(x_t) + self.pos_embed,", """\
+return self.x_embedder(x_t) + self.table * self.number[2] * self.pos_embed,""")
     edit(repo / "train.py", '    add("--qk-norm",', """\
     add("--mlp-ratio", type=float, default=4.0)
     add("--num-heads", type=positive_int)

@@ -433,13 +433,14 @@ def test_a_batch_of_4_cannot_be_shared(capsys, monkeypatch, data, tmp_path, proc
 
 
 def test_what_disagrees_with_the_run_and_what_may(capsys, whole, data, tmp_path):
-    """Other latents do, and a cut state; a flag that is newer than the run does not."""
+    """Other latents do, a cut state, and a flag that is newer than the run, unless it is at its default."""
     run = shutil.copytree(whole, tmp_path / "run")
     said = refused(capsys, write_set(tmp_path / "latents", files_sha256="1", scale=1.0), run, *SHARED)
     assert "files_sha256" in said and "scale" in said
     settings = json.loads((run / "settings.json").read_text())
     del settings["sra_t_max"]
     (run / "settings.json").write_text(json.dumps(settings))
+    assert "sra_t_max is 0.2 there and 0.3" in refused(capsys, data, run, *SHARED, "--sra-t-max", 0.3)
     lines, state = fit(capsys, data, run, *SHARED, "--max-steps", STEPS + 1)
     assert lines[-1]["step"] == state["step"] == STEPS + 1
     whole_state = (run / "state.pt").read_bytes()
