@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 extract_latents.py --images IMAGENET/train   # or `python` on one device
 
-makes the folder --out, which gets its name when it is complete:
+makes the folder --out, which gets its name when it is complete; its rows are the images by folder and path:
 
     moments.npy  (N, 2C, H, W)  float16: mean and std of each image's posterior, before shift and scale
     labels.npy   (N,)           int64: the index of the image's class folder in sorted order
