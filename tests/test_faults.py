@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,7 +35,7 @@ import extract_latents
 import train
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
-STATE_EVERY, NAN_STEP = 3, 30
+TRAIN, STATE_EVERY, NAN_STEP = ROOT / "train.py", 3, 21
 FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--state-every", STATE_EVERY)
 
 
@@ -90,7 +91,7 @@ def slay(running):
 
 
 @contextlib.contextmanager
-def started(output, script, *args, processes=1, torchrun=()):
+def started(output, *args, script=TRAIN, processes=1, torchrun=()):
     """A command, running, with its words at the end of the file `output`; it does not outlive the block."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     command = [sys.executable, *(launch if processes > 1 else []), *map(str, (script, *args))]
@@ -155,25 +156,44 @@ def assert_same_run(whole, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, name, kills, size, processes", [
-    ("train", "run", 2, 70, 1), ("train", "run", 20, 1500, 1), ("train", "run", 20, 800, 2),
-    ("sample", "a.npz", 10, 300, 1), ("sample", "a.png", 10, 300, 1),
-    ("extract_latents", "latents", 10, 400, 1)])
-def test_killed_again_and_again(data, vae, checkpoint, tmp_path, script, name, kills, size, processes):
-    """At random moments, many while a checkpoint is written, or at last as the result gets its name; in the
-    end all is as if nothing had happened."""
-    rng, output = random.Random(size), tmp_path / "out.txt"
-    whole, out = tmp_path / "whole" / name, tmp_path / "killed" / name
+@pytest.mark.parametrize("kills, size, processes", [(2, 70, 1), (20, 1500, 1), (20, 800, 2)])
+def test_training_killed_again_and_again(data, tmp_path, kills, size, processes):
+    """At random moments, many while a checkpoint is written: it is the run that it would have been."""
+    rng, whole, run, writing, lost = random.Random(size), tmp_path / "whole", tmp_path / "run", 0, [0]
+    process("train", *training(data, whole, size), processes=processes)
+    for i in range(kills):
+        for path in run.rglob("*.pt.tmp"):
+            path.unlink()
+        with started(tmp_path / "out.txt", *training(data, run, size), processes=processes) as running:
+            if i % 3 == 0:
+                wait_until(lambda: any(run.rglob("*.pt.tmp")), running)
+            elif i % 3 == 1:
+                wait_for_steps(run, running, 1)
+            time.sleep(rng.uniform(0, (0.02, 0.3, 2.5 * processes)[i % 3]))
+            assert running.poll() is None
+        writing += any(run.rglob("*.pt.tmp"))
+        lost.append(steps_logged(run) and log(run)[-1]["step"] - newest_step(run))
+    process("train", *training(data, run, size), processes=processes)
+    print(f"\n{processes} process(es): {kills} kills, {writing} while a checkpoint was written, at most "
+          f"{max(lost)} steps lost")
+    assert max(lost) <= STATE_EVERY and writing >= kills // 7
+    assert_same_run(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, name, size", [
+    ("sample", "a.npz", 300), ("sample", "a.png", 300), ("extract_latents", "latents", 400)])
+def test_outputs_killed_again_and_again(vae, checkpoint, tmp_path, script, name, size):
+    """At random moments, at last as the result gets its name: in the end its bytes are the same."""
+    rng, whole, out, late = random.Random(size), tmp_path / "whole" / name, tmp_path / "killed" / name, 0
     for i in range(size if script == "extract_latents" else 0):
         (tmp_path / "images" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"class{i % 2}" / f"{i:03d}.png")
-    flags = {"train": training(data, out, size),
-             "sample": ("--ckpt", checkpoint, "--num-samples", size, "--batch-size", 2, "--num-steps", 8),
+    flags = {"sample": ("--ckpt", checkpoint, "--num-samples", size, "--batch-size", 2, "--num-steps", 8),
              "extract_latents": ("--images", tmp_path / "images", "--vae", vae, "--image-size", 32,
                                  "--batch-size", 1, "--num-workers", 1)}[script]
-    last = "--run-dir" if script == "train" else "--out"
-    process(script, *flags, last, whole, processes=processes)
+    process(script, *flags, "--out", whole)
 
     def contents(folder):  # a kill amid the very last lines leaves what tells how far it was
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
@@ -185,66 +205,41 @@ def test_killed_again_and_again(data, vae, checkpoint, tmp_path, script, name, k
             return int(np.load(f"{out}.partial/done.npy").sum())
         return size if out.exists() else 0
 
-    def unfinished():
-        found = set()
-        for path in out.rglob("*.pt.tmp"):
-            with contextlib.suppress(OSError):
-                found.add((path, path.stat().st_mtime_ns))
-        return found
-
-    late, writing, lost = 0, 0, [0]
-    for i in range(kills):
-        before, goal = unfinished(), size if i >= 7 else min(size - 40, done() + rng.randrange(1, 25))
-        with started(output, ROOT / f"{script}.py", *flags, last, out, processes=processes) as running:
-            if i % 3 == 2 and (i < 7 or script == "train"):
-                time.sleep(rng.uniform(0, 2.5 * processes))
-            elif script != "train":
+    for i in range(10):
+        goal = size if i >= 7 else min(size - 40, done() + rng.randrange(1, 25))
+        with started(tmp_path / "out.txt", *flags, "--out", out, script=ROOT / f"{script}.py") as running:
+            if i not in (2, 5):
                 wait_until(lambda: done() >= goal, running, dead=True)
-            elif i % 3:
-                wait_for_steps(out, running, 1)
-            else:
-                wait_until(lambda: unfinished() - before, running)
-            time.sleep(rng.uniform(0, 0.3 if i % 3 and script == "train" else 0.02))
+            time.sleep(rng.uniform(0, 2.5 if i in (2, 5) else 0.02))
             late += running.poll() is not None
-            slay(running)
-        if script == "train":
-            writing += bool(unfinished() - before)
-            lost.append(steps_logged(out) and log(out)[-1]["step"] - newest_step(out))
-        else:
-            assert contents(out.parent).items() <= contents(whole.parent).items()
-    process(script, *flags, last, out, processes=processes)
-    print(f"\n{script} ({name}), {processes} process(es): {kills} kills, all resumed, {late} after its end, "
-          f"{writing} while a checkpoint was written, at most {max(lost)} steps lost")
-    assert max(lost) <= STATE_EVERY
-    if script == "train":
-        assert_same_run(whole, out)
-        assert writing >= kills // 7 and not late
-    else:
-        assert contents(out.parent) == contents(whole.parent) and late <= 2
-        assert len(list(out.parent.iterdir())) == len(list(whole.parent.iterdir()))
+        assert contents(out.parent).items() <= contents(whole.parent).items()
+    process(script, *flags, "--out", out)
+    print(f"\n{script} ({name}): 10 kills, {late} after its end")
+    assert contents(out.parent) == contents(whole.parent) and late <= 2
+    assert len(list(out.parent.iterdir())) == len(list(whole.parent.iterdir()))
 
 
 # ---- signals, restarts, dead and hung processes
 
 
-def test_signals_save_and_stop(capsys, data, tmp_path, one_thread, monkeypatch):
+def test_signals_save_and_stop(capsys, data, tmp_path, monkeypatch):
     """Each stops after the step it came in; the run goes on to the same bits, no step done twice."""
-    real, run, due = train.training_step, tmp_path / "run", {3: "SIGTERM", 7: "SIGINT", 11: "SIGUSR1"}
+    real, run, due = train.training_step, tmp_path / "run", {1: "SIGTERM", 3: "SIGINT", 6: "SIGUSR1"}
 
     def step(*args):
         if name := due.pop(steps_logged(run), None):
             os.kill(os.getpid(), signal.Signals[name])
         return real(*args)
 
-    fit(capsys, *training(data, tmp_path / "whole", 14))
+    fit(capsys, *training(data, tmp_path / "whole", 8))
     monkeypatch.setattr(train, "training_step", step)
     for at, name in list(due.items()):
         said = f"done at step {at + 1}, stopped by {name}; run the same command again to resume"
-        assert said in fit(capsys, *training(data, run, 14))
+        assert said in fit(capsys, *training(data, run, 8))
         assert newest_step(run) == log(run)[-1]["step"] == at + 1
-    fit(capsys, *training(data, run, 14))
+    fit(capsys, *training(data, run, 8))
     assert_same_run(tmp_path / "whole", run)
-    assert [line["step"] for line in log(run)] == list(range(1, 15))
+    assert [line["step"] for line in log(run)] == list(range(1, 9))
 
 
 def gone(pids):
@@ -252,37 +247,34 @@ def gone(pids):
 
 
 def test_two_processes(capsys, data, tmp_path):
-    """A signal to one stops both; one goes on with what two began, and the other way round; torchrun starts
-    both again if one dies; a latent that is NaN, which the second alone reads, ends both, and no checkpoint
-    holds it. In all of that it is the run that one process gives.
-    """
-    run, whole, spoilt = tmp_path / "run", tmp_path / "whole", tmp_path / "spoilt"
-    fit(capsys, *training(data, whole, NAN_STEP - 1))
-    shutil.copytree(data, spoilt)
-    moments = np.load(data / "moments.npy")
-    moments[np.random.default_rng([1, 2, 0]).permutation(160)[4 * NAN_STEP - 1], 0, 0, 0] = np.nan
-    np.save(spoilt / "moments.npy", moments)
-
-    output, script = tmp_path / "out.txt", ROOT / "train.py"
-    with started(output, script, *training(spoilt, run, 100), processes=2) as running:
+    """Two go on with what one began. torchrun starts both again if one dies. A latent that is NaN, which the
+    second alone reads, ends both, and no checkpoint holds it. A signal to one stops both, and one goes on. In
+    all of that it is the run that one process gives."""
+    run, whole, good = tmp_path / "run", tmp_path / "whole", np.load(data / "moments.npy")
+    output, spoilt, bad = tmp_path / "out.txt", shutil.copytree(data, tmp_path / "spoilt"), good.copy()
+    bad[np.random.default_rng([1, 2, 0]).permutation(160)[4 * NAN_STEP - 1], 0, 0, 0] = np.nan
+    np.save(spoilt / "moments.npy", bad)
+    fit(capsys, *training(spoilt, run, 2))
+    flags = {"processes": 2, "torchrun": ["--max-restarts=2"]}
+    with started(output, *training(spoilt, run, 200), **flags) as running:
+        wait_for_steps(run, running, 3)
+        os.kill(worker(running, 0), signal.SIGKILL)
+        wait_until(lambda: "train.py: error: " in output.read_text(), running)
+        killed = NAN_STEP // STATE_EVERY * STATE_EVERY - STATE_EVERY
+        assert newest_step(run) == killed
+        np.save(spoilt / "moments.npy", good)
         wait_for_steps(run, running, 3)
         everyone = family(running.pid)
         os.kill(worker(running, 1), signal.SIGUSR1)
         assert running.wait(20) == 0 and len(everyone) >= 3 and gone(everyone[1:])
-    last = log(run)[-1]["step"]
-    assert newest_step(run) == last < NAN_STEP // 2
-    assert f"done at step {last}, stopped by" in output.read_text()
-    fit(capsys, *training(spoilt, run, NAN_STEP // 2))
-    output.unlink()
-    with started(output, script, *training(spoilt, run, 100), processes=2,
-                 torchrun=["--max-restarts=1"]) as running:
-        wait_for_steps(run, running, 3)
-        os.kill(worker(running, 0), signal.SIGKILL)
-        assert running.wait(60) == 1
-    assert output.read_text().count(" from step ") == 2 and "by peer" not in output.read_text()
-    (line,) = (line for line in output.read_text().splitlines() if "train.py: error: " in line)
-    assert re.search(rf"not finite at step {NAN_STEP}\b", line), line
-    assert newest_step(run) == NAN_STEP // STATE_EVERY * STATE_EVERY - STATE_EVERY
+    said, last = output.read_text(), log(run)[-1]["step"]
+    assert newest_step(run) == last < 200 and f"done at step {last}, stopped by" in said
+    first, second, third = map(int, re.findall(r" from step (\d+)", said))
+    assert (first, third) == (2, killed) and first < second < NAN_STEP and second % STATE_EVERY == 0
+    (line,) = (line for line in said.splitlines() if "train.py: error: " in line)
+    assert re.search(rf"not finite at step {NAN_STEP}\b", line) and "by peer" not in said
+    fit(capsys, *training(spoilt, run, last + 2))
+    fit(capsys, *training(data, whole, last + 2), "--state-every", 1000)
     assert_same_log(whole, run, rel=1e-3)
 
 
@@ -292,21 +284,21 @@ def test_kills_and_signals_under_torchrun(data, tmp_path):
 
     SIGUSR1 only where its flag --signals-to-handle is known.
     """
-    run, output, script, steps = tmp_path / "run", tmp_path / "out.txt", ROOT / "train.py", 60
-    process("train", *training(data, tmp_path / "whole", steps), processes=2)
+    run, output, flags = tmp_path / "run", tmp_path / "out.txt", training(data, tmp_path / "run", 60)
+    process("train", *training(data, tmp_path / "whole", 60), processes=2)
     knows = "--signals-to-handle" in get_args_parser().format_help()
     torchrun = ["--max-restarts=2", *["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"][: knows]]
     for whom, number, status in [("workers", signal.SIGTERM, 0), ("torchrun", signal.SIGTERM, 1),
                                  ("torchrun", signal.SIGUSR1 if knows else signal.SIGINT, 1)]:
-        with started(output, script, *training(data, run, steps), processes=2, torchrun=torchrun) as running:
+        with started(output, *flags, processes=2, torchrun=torchrun) as running:
             wait_for_steps(run, running, 3)
             everyone = family(running.pid)
             for pid in everyone[1:] if whom == "workers" else everyone[:1]:
                 os.kill(pid, number)
             assert running.wait(20) == status and gone(everyone[1:])
-        assert newest_step(run) == log(run)[-1]["step"] < steps
+        assert newest_step(run) == log(run)[-1]["step"] < 60
     assert [line["step"] for line in log(run)] == list(range(1, newest_step(run) + 1))
-    with started(output, script, *training(data, run, steps), processes=2, torchrun=torchrun) as running:
+    with started(output, *flags, processes=2, torchrun=torchrun) as running:
         for rank in (1, 0):
             wait_for_steps(run, running, 5)
             os.kill(worker(running, rank), signal.SIGKILL)
@@ -325,15 +317,15 @@ def test_a_worker_that_dies_or_hangs_ends_the_others(data, tmp_path, rank, numbe
     script.write_text(f"import sys, datetime, functools\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                       "train.init_distributed = functools.partial(train.init_distributed, timeout="
                       f"datetime.timedelta(seconds={limit}))\ntrain.run(train.main)\n")
-    with started(tmp_path / "out.txt", script, *training(data, run, 100_000), processes=2) as running:
+    flags = training(data, run, 100_000)
+    with started(tmp_path / "out.txt", *flags, script=script, processes=2) as running:
         wait_for_steps(run, running, STATE_EVERY + 1)
         other, everyone, since = worker(running, 1 - rank), family(running.pid), time.time()
         os.kill(worker(running, rank), number)
         wait_until(lambda: gone([other]) or other not in family(running.pid), running, 60)
         took = time.time() - since
         assert running.wait(60) == 1
-        print(f"\nworker {rank}, {number.name}: the other ended after {took:.1f} s, torchrun after "
-              f"{time.time() - since:.1f} s")
+        print(f"\nworker {rank}, {number.name}: the other ended after {took:.1f} s")
         assert took < 20 if number == signal.SIGKILL else limit - 1 < took < limit + 15
         assert gone(everyone[1:]) and newest_step(run) > 0
 
@@ -357,7 +349,7 @@ def packed(save):
 
 
 def copy(source):
-    return lambda path: shutil.copy(source, path)
+    return partial(shutil.copy, source)
 
 
 def array(change):
@@ -380,20 +372,14 @@ def torch_file(source, *keys, **changes):
     return save
 
 
-def loop(path):
-    path.unlink()
-    path.symlink_to(path.name)
-
-
 def bomb(path):
     """A PNG of 400 megapixels, in few bytes."""
     Image.new("1", (20000, 20000)).save(path)
 
 
-FOLDER, GONE, OBJECTS = object(), object(), np.array([Code()] * 12, object)
-CODE, TORCH_CODE, ARRAY_CODE, NPZ_CODE = map(packed, (
-    lambda file: pickle.dump([Code()], file), lambda file: torch.save({"ema": {}, "opt": Code()}, file),
-    lambda file: np.save(file, OBJECTS), lambda file: np.savez(file, arr_0=OBJECTS)))
+FOLDER, GONE = object(), object()
+CODE, TORCH_CODE = pickle.dumps([Code()]), packed(partial(torch.save, {"ema": {}, "opt": Code()}))
+ARRAY_CODE = packed(lambda file: np.save(file, np.array([Code()] * 12, object)))
 
 M, L, A = "latents/moments.npy", "latents/labels.npy", "latents/latents.json"
 STATE, IMAGE, OUT, X = "out/run/state.pt", "images/class0/00.png", "out/a.npz", "out/latents.partial/"
@@ -405,30 +391,24 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("train", "python tests/demo.py", {"latents": ["x", GONE]}),
     ("train", "patch size 4", {M: [array(lambda x: x[:, :, :6, :6])]}),
     ("train", "cannot be used", {M: [
-        copy(L), FOLDER, ARRAY_CODE, array(lambda x: x.astype("U3")), array(lambda x: x.astype(complex)),
-        array(np.float64), array(np.asfortranarray), array(lambda x: x[:, :, :4]), array(lambda x: x[:, :7]),
-        array(lambda x: x[1:])]}),
+        FOLDER, ARRAY_CODE, array(np.float64), array(np.asfortranarray), array(lambda x: x[:, :, :4]),
+        array(lambda x: x[:, :7]), array(lambda x: x[1:])]}),
     ("train", "not finite at step 1", {M: [array(lambda x: x * np.nan), array(lambda x: x * np.inf)]}),
-    ("train", "cannot be used", {L: [
-        copy(M), ARRAY_CODE, CODE, NPZ_CODE, array(lambda x: x * np.nan), array(lambda x: x + 2**40),
-        array(lambda x: x - 1)]}),
+    ("train", "cannot be used", {L: [copy(M), CODE, array(lambda x: x * np.nan), array(lambda x: x - 1)]}),
     ("train", "cannot be used", {A: [
-        FOLDER, "[" * 100_000, '{"vae": "x", "shift": 0, "num_classes": 3}', keys(num_classes="3"),
-        keys(num_classes=3.0), keys(num_classes=2), keys(shift="none"), keys(shift=float("nan")),
-        keys(scale=0), keys(scale=[[1, 2], [3]]), keys(scale=[1, 2, 3])]}),
+        FOLDER, "[" * 100_000, '{"vae": "x", "shift": 0, "num_classes": 3}', keys(num_classes=3.0),
+        keys(num_classes=2), keys(shift=float("nan")), keys(scale=0), keys(scale=[1, 2, 3])]}),
     ("train --sample-every 1", "the VAE [3]", {A: [keys(vae=[3])]}),
     ("train", "run", {"out/run": ["x"]}),
     ("train", "checkpoints", {"out/run/checkpoints": ["x"]}),
     ("train", "log.jsonl", {"out/run/log.jsonl": [FOLDER]}),
     ("train", "settings.json", {"out/run/settings.json": ["[1]", '{"model": 3}']}),
     ("train", "state.pt", {STATE: [
-        TORCH_CODE, CODE, NPZ_CODE, FOLDER, lambda path: torch.save(torch.ones(3), path), copy("model.pt"),
+        TORCH_CODE, CODE, FOLDER, lambda path: torch.save(torch.ones(3), path), copy("model.pt"),
         *(torch_file("state.pt", **{key: {}}) for key in ("step", "model", "ema", "opt"))]}),
     ("train --state-every 0", "--state-every", {}),
-    ("train --max-steps 1e3", "--max-steps", {}),
     ("train --lr inf", "not finite", {}),
     ("sample --ckpt samples.npz", "samples.npz", {}),
-    ("sample --ckpt latents/moments.npy", "moments.npy", {}),
     ("sample --ckpt detector.pt2", "detector.pt2", {}),
     ("sample", "model.pt", {"model.pt": [TORCH_CODE, FACTS[2]]}),
     ("sample", "VAE", {"model.pt": FACTS[:2]}),
@@ -437,14 +417,13 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("sample", "a.npz.json", {OUT: ["x"], OUT + ".json": ["[]", FOLDER]}),
     ("sample", "a.npz.partial/settings.json", {OUT + ".partial/settings.json": ["3"]}),
     ("sample", "a.npz.partial is damaged", {OUT + ".partial/images.npy": [GONE]}),
-    ("sample --classes cat", "--classes", {}),
-    ("extract_latents", IMAGE, {IMAGE: [bomb, loop, NPZ_CODE]}),
+    ("extract_latents", IMAGE, {IMAGE: [bomb, CODE]}),
     ("extract_latents", "--vae vae", CODE_VAE),
     ("extract_latents", "vae", {"vae/config.json": ["[1]", keys(scaling_factor="x")]}),
     ("extract_latents", "latents.json", {"out/latents/latents.json": [FOLDER]}),
     ("extract_latents", "latents.partial is damaged", {X + "done.npy": [b"", ARRAY_CODE]}),
     ("extract_latents", "latents.partial is damaged", {
-        X + "moments.npy": [lambda path: path.write_bytes(path.read_bytes()[:-100])]}),
+        X + "moments.npy": [lambda path: os.truncate(path, 999)]}),
     ("extract_latents", "settings.json", {X + "settings.json": ["[]"]}),
     ("fid --ref x.npz", "x.npz", {"x.npz": [copy("model.pt")]}),
     ("fid --ref latents/labels.npy", "labels.npy", {}),
@@ -453,6 +432,8 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("fid --json out/a.json", "a.json", {"out/a.json": [FOLDER]}),
     ("fid_stats", "b.npz", {"out/b.npz": [FOLDER]}),
     ("train", "0000003.pt: cannot be written, is the disk full?", {}, 1_000_000),
+    ("train --max-steps 6 --state-every 5", "state.pt: cannot be written, is the disk full?",
+     {STATE: [copy("state.pt")]}, 20_000_000),
     ("train", "settings.json: cannot be written, is the disk full?", {}, 100),
     ("sample", "a.npz: cannot be written, is the disk full?", {}, 12_450),
     ("sample", "disk", {}, 5_000),
@@ -524,6 +505,7 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
     assert status == 2, err
     assert (said := message(err)).startswith(f"{script}.py: error: ") and says in said
     assert under_final_names() == before and not Path("ran").exists()
+    assert not limit or cli(capsys, script, *args)[0] == 0  # once there is room
 
 
 @pytest.mark.parametrize("script, locked", [
@@ -532,7 +514,7 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
 def test_two_commands_never_write_one_output(capsys, inputs, script, locked):
     """The second is refused while the first lives; when that is gone, however it ended, it runs."""
     Path(locked).parent.mkdir(parents=True)
-    code = f"import fcntl; file = open({locked!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
+    code = f"import fcntl; file = open({locked!r}, 'w+'); fcntl.lockf(file, fcntl.LOCK_SH); print(1); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-uc", code], **pipes) as other:
         other.stdout.readline()
@@ -541,25 +523,3 @@ def test_two_commands_never_write_one_output(capsys, inputs, script, locked):
     assert status == 2 and "another process is writing out/" in message(err)
     assert [str(path) for path in Path("out").rglob("*") if path.is_file()] == [locked]
     assert cli(capsys, script, *COMMANDS[script].split())[0] == 0
-
-
-def test_a_disk_that_fills_up(capsys, data, tmp_path):
-    """A real one: what is there stays, and the same command goes on once there is room."""
-    run = tmp_path / "run"
-    run.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=88m", "none", run]  # a state has 34 MB, rewritten as much
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here")
-    try:
-        fit(capsys, *training(data, run, 2), "--ckpt-every", 1)
-        before = {path: path.read_bytes() for path in run.rglob("*.pt")}
-        status, _, err = cli(capsys, "train", *training(data, run, 4), "--ckpt-every", 1)
-        assert status == 2 and "state.pt: cannot be written, is the disk full?" in message(err)
-        assert before.items() <= {path: path.read_bytes() for path in run.rglob("*.pt")}.items()
-        assert newest_step(run) == 2 and not list(run.rglob("*.tmp"))
-        for path in (run / "checkpoints").iterdir():
-            path.unlink()
-        fit(capsys, *training(data, run, 3))
-        assert newest_step(run) == 3
-    finally:
-        subprocess.run(["umount", "-l", run], check=True)

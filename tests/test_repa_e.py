@@ -598,6 +598,7 @@ def test_encoders_that_do_not_fit(capsys, tuning, common, tmp_path, shape, says)
     assert says in refused(capsys, tuning[0], tmp_path / "run", *flags)
 
 
+@pytest.mark.slow
 def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning, common, tmp_path):
     """Tables 1 and 7: tuned by the diffusion loss, the VAE makes latents that are easy to denoise; by REPA's,
     it does not."""
@@ -653,8 +654,7 @@ def test_what_else_is_refused(capsys, data, tuning, common, tmp_path, tuned_run)
     about = json.loads((tuning[0] / "latents.json").read_text())
     for i, (vae, images, says) in enumerate((
             (str(vq), None, "vq for 32 pixels: it has no Gaussian posterior"),
-            (about["vae"], (12, 64, 64, 3), "for 64 pixels: it makes other latents than [4, 8, 8]"),
-            (about["vae"], (12, 30, 30, 3), "30"))):
+            (about["vae"], (12, 64, 64, 3), "for 64 pixels: it makes other latents than [4, 8, 8]"))):
         other = ("--repa-encoder", tmp_path / "a.pt2") if i == 1 else ()  # that takes any size
         folder = shutil.copytree(tuning[0], tmp_path / f"set{i}")
         (folder / "latents.json").write_text(json.dumps({**about, "vae": vae}))
