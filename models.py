@@ -230,7 +230,7 @@ SIZES = {"SiT-XL": (28, 1152, 16), "SiT-L": (24, 1024, 16), "SiT-B": (12, 768, 1
 SiT_models = {f"{size}/{p}": partial(SiT, depth=depth, hidden_size=width, num_heads=num_heads, patch_size=p)
               for size, (depth, width, num_heads) in SIZES.items() for p in (1, 2, 4, 8)}
 ALIGN_DEPTHS = {"SiT-XL": 8, "SiT-L": 8}  # the block that the paper aligns (4.2), of others block 2
-SRA_TEACHERS = {"SiT-XL": 20, "SiT-L": 16, "SiT-B": 8}  # the block that is SRA's target
+SRA_TEACHERS = {"SiT-XL": 20, "SiT-L": 16, "SiT-B": 8, "SiT-S": 8}  # the block that is SRA's target, or 4
 
 
 def build_model(settings, heads=True):

@@ -356,8 +356,9 @@ def test_defaults_are_the_papers(monkeypatch):
               "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
               "precision": "fp32", "compile": False}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
-    depths = [parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1) for size in ("B", "L", "XL")]
-    assert [(args.vae_repa_depth, args.sra_teacher_depth) for args in depths] == [(2, 8), (8, 16), (8, 20)]
+    for size, expected in {"Ti": (2, 4), "S": (2, 8), "B": (2, 8), "L": (8, 16), "XL": (8, 20)}.items():
+        args = parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1)
+        assert (args.vae_repa_depth, args.sra_teacher_depth) == expected
 
 
 def test_gpus_are_hidden_from_tests(request):
