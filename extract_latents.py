@@ -232,6 +232,7 @@ class Latents:
                 dtypes, shape = forms.get(name, ((array.dtype,), (count, *array.shape[1:])))
                 if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
                     raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {shape} in C order")
+                torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
             self.shift, self.scale = (np.array(about[key], np.float32).reshape(-1, 1, 1)
@@ -511,6 +512,7 @@ def check_same_settings(record, settings, defaults=None):
         there |= there["data"] if isinstance(there.get("data"), dict) else {}  # of a run of train.py
     except Exception as error:
         fail(f"{record} is missing or damaged ({first_line(error)}); remove what it describes")
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
     differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()
               if key in there and there[key] != value]
     if differ:

@@ -158,10 +158,10 @@ def load_checkpoint(path):
 
 
 class NoInitialWeights(TorchFunctionMode):
-    """Within it, no random numbers are drawn, which takes long for weights that are then replaced."""
+    """Within it, no random numbers are drawn into parameters, which takes long; they are then replaced."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.uniform_, torch.Tensor.normal_):
+        if function in (torch.Tensor.uniform_, torch.Tensor.normal_) and isinstance(args[0], nn.Parameter):
             return args[0]
         return function(*args, **(kwargs or {}))
 

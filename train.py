@@ -140,10 +140,11 @@ def micro_batches(batch, args):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, of parameters and of REPA-E's statistics."""
-    averages, values = ([*each.parameters(), *filter(torch.is_floating_point, each.buffers())]
-                        for each in (ema, model))
-    torch._foreach_lerp_(averages, values, 1 - decay)  # buffers that are constants stay as they are
+    """ema <- decay * ema + (1 - decay) * model: parameters, and REPA-E's statistics of latents."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    if ema.bn:
+        raw_model = getattr(model, "module", model)  # DDP's
+        torch._foreach_lerp_(list(ema.bn.buffers()), list(raw_model.bn.buffers()), 1 - decay)
 
 
 # ---- The batch
@@ -471,7 +472,8 @@ def main():
     raw_model, ema, encoder, tuned, settings = build(args, facts)
     if (run_dir / "settings.json").exists():
         flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
-        check_same_settings(run_dir / "settings.json", flat, vars(make_parser().parse_args([])))
+        defaults = {name: make_parser().get_default(name) for name in vars(args)}
+        check_same_settings(run_dir / "settings.json", flat, defaults)
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})

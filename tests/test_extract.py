@@ -265,9 +265,10 @@ def test_the_reader(tmp_path):
     for name, value in expected.items():
         assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
         assert found[name].numpy().dtype == value.dtype
-    np.save(folder / "clip.npy", clip[1:])
-    with pytest.raises(SystemExit, match="2"):
-        Latents(folder, ["clip"])
+    for bad in (clip[1:], clip.astype(">f4"), np.array(["x"] * 12)):
+        np.save(folder / "clip.npy", bad)
+        with pytest.raises(SystemExit, match="2"):
+            Latents(folder, ["clip"])
 
 
 def test_reading_ahead():

@@ -35,7 +35,7 @@ import extract_latents
 import train
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
-TRAIN, STATE_EVERY, NAN_STEP = ROOT / "train.py", 3, 21
+TRAIN, STATE_EVERY, NAN_STEP = ROOT / "train.py", 3, 24
 FLAGS = (*TINY, "--seed", 1, "--lr", 1e-3, "--ckpt-every", 10, "--state-every", STATE_EVERY)
 
 

@@ -200,9 +200,13 @@ def test_a_transformer_of_ones_own(latents, repo, flags):
         self.register_buffer("table", torch.randn(1) * 0 + 0.5, persistent=False)
         self.number = torch.arange(3)
         self.register_buffer("step", torch.tensor(3))
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("drawn", torch.empty(1).normal_(generator=g), persistent=False)
         self.blocks = nn.ModuleList(""")
-    edit(repo / "models.py", "return self.x_embedder(x_t) + self.pos_embed,", """\
-return self.x_embedder(x_t) + self.table * self.number[2] * self.pos_embed,""")
+    edit(repo / "models.py", "        return self.x_embedder(x_t) + self.pos_embed,", """\
+        scale = self.table * self.number[2] * self.drawn * self.mask.exp()[0, 0]
+        return self.x_embedder(x_t) + scale * self.pos_embed,""")
     edit(repo / "train.py", '    add("--qk-norm",', """\
     add("--mlp-ratio", type=float, default=4.0)
     add("--num-heads", type=positive_int)
