@@ -129,10 +129,14 @@ def save_grid(images, columns, path):
         Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
 
 
+def spread_classes(num_classes, most):
+    """A list of up to `most` classes, evenly spaced."""
+    return np.linspace(0, num_classes - 1, min(num_classes, most)).astype(int).tolist()
+
+
 def draw_grid(path, model, vae, facts, seed, precision, cfg_scale):
     """Write rows of 4 images of up to 10 classes, always from the same noise; facts: of the latents."""
-    n = facts["num_classes"]
-    y = np.repeat(np.linspace(0, n - 1, min(n, 10)).astype(int), 4)
+    y = np.repeat(spread_classes(facts["num_classes"], 10), 4)
     images = sample_images(model, vae, facts_of(facts, model.state_dict()), range(len(y)), y, seed, precision,
                            mode="ode", num_steps=50, cfg_scale=cfg_scale)
     save_grid(images.cpu().numpy(), 4, path)
@@ -276,7 +280,7 @@ def main():
         y = [i % n if args.class_balanced else int(np.random.default_rng([args.seed, i]).integers(n))
              for i in range(args.num_samples)]
     else:
-        args.classes = args.classes or np.linspace(0, n - 1, min(n, 10)).astype(int).tolist()
+        args.classes = args.classes or spread_classes(n, 10)
         y = np.repeat(args.classes, args.per_class).tolist()
 
     args.vae = args.vae or facts["vae"]

@@ -472,7 +472,8 @@ def main():
     raw_model, ema, encoder, tuned, settings = build(args, facts)
     if (run_dir / "settings.json").exists():
         flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
-        defaults = {name: make_parser().get_default(name) for name in vars(args)}
+        parser = make_parser()
+        defaults = {name: parser.get_default(name) for name in vars(args)}
         check_same_settings(run_dir / "settings.json", flat, defaults)
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)

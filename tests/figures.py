@@ -42,7 +42,7 @@ from extract_latents import (  # noqa: E402
     write_json,
 )
 from models import load_encoder, load_program  # noqa: E402
-from sample import load_model, randn_like, rng  # noqa: E402
+from sample import load_model, randn_like, rng, spread_classes  # noqa: E402
 from train import interpolate  # noqa: E402
 
 METRICS = {"FID": 2, "sFID": 2, "IS": 2, "Precision": 3, "Recall": 3}  # fid.py's, with decimals to show
@@ -146,8 +146,7 @@ def draw_convergence(args):
     _, space = fid.load_network(args, "cpu")
     if not args.classes:
         _, trained = load_model(next(iter(checkpoints.values())))
-        n = trained["data"]["num_classes"]
-        args.classes = np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()
+        args.classes = spread_classes(trained["data"]["num_classes"], 4)
     images = {key: draw_classes(path, args) for key, path in checkpoints.items()}
     fid.Images(args.ref, len(images[name, step][0]))  # fails if --ref cannot be read, or has another size
     for (name, step), path in checkpoints.items():
