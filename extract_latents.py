@@ -25,8 +25,10 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -52,12 +54,16 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+# what PIL decodes itself: for EPS, under any name, it would run Ghostscript
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
 def load_image(path, size=None):
     """An image file as uint8 RGB (H, W, 3), upright by its EXIF tag; given a size, its crop (size, size, 3).
 
     Alpha is dropped, and other modes are converted by PIL, as in ADM.
     """
-    with Image.open(path) as image:
+    with Image.open(regular(path), formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it to 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -76,15 +82,30 @@ def load_batch(files, size=None):
     return images, errors
 
 
+def files_in(folder, seen):
+    """Sorted paths of all files in a folder, links followed, without hidden ones; seen: folders met before.
+
+    Raises OSError for a folder that cannot be read, or that a link leads back to.
+    """
+    folders, files = [str(folder)], []
+    for each in folders:  # which grows
+        if (real := os.path.realpath(each)) in seen:
+            raise OSError(errno.ELOOP, "leads to images that are there already", each)
+        seen.add(real)
+        for entry in os.scandir(each):
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).append(entry.path)
+    return sorted(files)
+
+
 def list_images(root):
     """(class names, file paths, label of each file), all in sorted order; hidden files are skipped."""
-    classes = sorted(x.name for x in Path(root).glob("*") if x.is_dir() and not x.name.startswith("."))
+    classes = sorted(x.name for x in os.scandir(root) if x.is_dir() and not x.name.startswith("."))
     if not classes:
         fail(f"--images {root} holds no class folders; put the images into one per class, or one in all")
-    files, labels = [], []
+    files, labels, seen = [], [], set()
     for label, name in enumerate(classes):
-        found = [f"{folder}/{file}" for folder, _, names in os.walk(Path(root, name)) for file in names]
-        found = sorted(file for file in found if "/." not in file.removeprefix(str(Path(root))))
+        found = files_in(Path(root, name), seen)
         if not found:
             fail(f"class folder {Path(root, name)} holds no images; remove it or fill it")
         files += found
@@ -95,8 +116,11 @@ def list_images(root):
 # ---- The VAE
 
 
-def load_vae(name):
-    """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub."""
+def load_vae(name, content=None):
+    """A diffusers autoencoder in float32: a folder, or "owner/name[/subfolder]" on the hub.
+
+    content: the folder's `content_id`, if known. Raises ValueError for other or missing weights.
+    """
     import diffusers  # slow to import, and not needed for training
     from huggingface_hub import errors, snapshot_download
 
@@ -110,8 +134,13 @@ def load_vae(name):
             folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
         except (errors.HFValidationError, errors.LocalEntryNotFoundError):
             raise ValueError("there is no such folder, and the hub was not reached") from None
+    elif content and content_id(name) != content:
+        raise ValueError("its weights are not those that made the latents")
     config = diffusers.AutoencoderKL.load_config(folder)
-    vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+    network = getattr(diffusers, config["_class_name"])
+    vae, loaded = network.from_pretrained(folder, output_loading_info=True)
+    if missing := loaded["missing_keys"]:
+        raise ValueError(f"its file has no {missing[0]}, and lacks {len(missing)} weights in all")
     return vae.float().eval().requires_grad_(False)
 
 
@@ -128,6 +157,23 @@ def latent_normalization(config):
     return shift or 0.0, scale
 
 
+def per_channel(shift, scale, channels):
+    """[shift, scale] as float32 arrays (1 or channels, 1, 1). Raises ValueError if they are none."""
+    arrays = [np.array(value, np.float32).reshape(-1, 1, 1) for value in (shift, scale)]
+    np.broadcast_to(sum(arrays), (channels, 1, 1))
+    if not np.isfinite(sum(arrays)).all() or arrays[1].min() <= 0:
+        raise ValueError("shift must be finite, and scale above 0")
+    return arrays
+
+
+def finite(x, rows):
+    """x (B, …), images or latents of these rows. Raises FloatingPointError if not all of it is finite."""
+    good = x.flatten(1).isfinite().all(1).tolist()
+    if bad := [str(row) for row, is_good in zip(rows, good) if not is_good]:
+        raise FloatingPointError(f"not finite in row(s) {', '.join(bad[:10])}")
+    return x
+
+
 @torch.no_grad()
 def encode(vae, images):
     """uint8 images (B, 3, S, S) -> raw moments (B, 2C, H, W): mean, then std, 0 if there is no posterior."""
@@ -139,12 +185,13 @@ def encode(vae, images):
 
 
 @torch.no_grad()
-def decode(vae, x, shift, scale):
+def decode(vae, x, shift, scale, rows=range(10**6)):
     """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded."""
-    shift, scale = (torch.tensor(value, device=x.device).view(-1, 1, 1) for value in (shift, scale))
+    shift, scale = (torch.from_numpy(a).to(x.device) for a in per_channel(shift, scale, x.shape[1]))
     z = x.float() / scale + shift
     images = torch.cat([vae.decode(part).sample.float() for part in z.split(16)])  # in parts: it takes memory
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    images = (finite(images, rows) + 1) * 127.5
+    return images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 # ---- On disk: what is stored, its writer and its reader
@@ -158,28 +205,33 @@ class ResumableArrays:
     """
 
     def __init__(self, out, settings, count, shapes, rank=0):
-        self.folder, shapes = Path(f"{out}.partial"), {**shapes, "done": ((count,), "uint8")}
+        self.folder, self.shapes = Path(f"{out}.partial"), {**shapes, "done": ((count,), "uint8")}
         record = self.folder / "settings.json"
         if rank == 0:
+            if any(self.folder.glob("*")) and not (self.folder / "lock").exists():
+                fail(f"{self.folder} is in the way, and not from this command; give another output")
             lock(self.folder / "lock", out)
             if record.exists():
                 check_same_settings(record, settings)
             else:
-                for name, (shape, dtype) in shapes.items():
-                    array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
-                    with open(array.filename, "r+b") as file:
+                for name, (shape, dtype) in self.shapes.items():
+                    with writing(self.folder / f"{name}.npy", "wb") as file:
+                        array = np.lib.format.open_memmap(file.name, "w+", dtype, shape)
                         if hasattr(os, "posix_fallocate"):  # not on macOS
                             os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
                 write_json(record, settings)  # last: the arrays are ready
         barrier()
         try:
-            list(map(self.load, shapes))
+            list(map(self.load, self.shapes))
         except Exception as error:  # what a power cut leaves
             fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it, "
                  "run the same command again")
 
     def load(self, name):
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        array = np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r")
+        if (array.shape, array.dtype.name) != self.shapes[name]:
+            raise ValueError(f"{name}.npy is {array.dtype} {array.shape}")
+        return array
 
     def batches(self, batch_size, rank=0, world_size=1):
         """This process's share of the batches to do: ranges of rows, cut at multiples of batch_size."""
@@ -192,11 +244,9 @@ class ResumableArrays:
         """Write a batch and mark it done; not through a memory map, where a full disk kills the process."""
         for name, value in {**values, "done": np.ones(len(rows))}.items():
             array = self.load(name)
-            with open(array.filename, "r+b") as file:
+            with writing(array.filename, "r+b") as file:
                 file.seek(array.offset + rows.start * array[:1].nbytes)
                 file.write(np.ascontiguousarray(value, array.dtype))
-                file.flush()
-                os.fsync(file.fileno())
 
 
 class Latents:
@@ -215,12 +265,12 @@ class Latents:
             fail(f"{state} latents at --data {folder}; run `python extract_latents.py --images FOLDER --out "
                  f"{folder}`, or `python tests/demo.py`, the whole pipeline on drawn images")
         try:
-            about = json.loads((folder / "latents.json").read_text())
-            self.labels = np.load(folder / "labels.npy").astype(np.int64, casting="safe")
-            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")
+            about = json.loads(regular(folder / "latents.json").read_text())
+            self.labels = np.load(regular(folder / "labels.npy")).astype(np.int64, casting="safe")
+            self.arrays = {name: np.load(regular(folder / f"{name}.npy"), mmap_mode="r")
                            for name in ("moments", *extras)}
             (count, channels, side, _), n = self.arrays["moments"].shape, about["num_classes"]
-            keys = ("vae", "shift", "scale", "num_classes", "files_sha256")
+            keys = ("vae", "vae_content", "shift", "scale", "num_classes", "files_sha256")
             self.facts = {**{key: about.get(key) for key in keys}, "count": count,
                           "latent_shape": [channels // 2, side, side]}
             forms = {"moments": ((np.float16, np.float32), (count, channels // 2 * 2, side, side)),
@@ -235,11 +285,7 @@ class Latents:
                 torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
-            self.shift, self.scale = (np.array(about[key], np.float32).reshape(-1, 1, 1)
-                                      for key in ("shift", "scale"))
-            np.broadcast_to(self.shift + self.scale, (channels // 2, 1, 1))  # one value, or one per channel
-            if not np.isfinite(self.shift + self.scale).all() or self.scale.min() <= 0:
-                raise ValueError("shift must be finite, and scale above 0")
+            self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
         except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
                  "extract them again, for REPA with --store-images")
@@ -303,7 +349,8 @@ def main():
     out, count, size = Path(args.out), len(files), args.image_size
     listing = "\n".join(os.path.relpath(file, args.images) for file in files)
     settings = {"vae": str(Path(args.vae).resolve()) if Path(args.vae).is_dir() else args.vae,
-                "image_size": size, "store_images": args.store_images, "reconstruct": args.reconstruct,
+                "vae_content": content_id(args.vae), "image_size": size,
+                "store_images": args.store_images, "reconstruct": args.reconstruct,
                 "files_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest()}
     if already_complete(out, out / "latents.json", settings):
         return
@@ -333,9 +380,9 @@ def main():
         if not errors:
             images = torch.from_numpy(np.stack(images))
             moments = encode(vae, images.to(device).permute(0, 3, 1, 2).contiguous())
-            values = {"moments": moments.cpu(), "images": images}
+            values = {"moments": finite(moments.half(), rows).cpu(), "images": images}
             if args.reconstruct:
-                values["reconstructions"] = decode(vae, moments.chunk(2, dim=1)[0], 0.0, 1.0).cpu()
+                values["reconstructions"] = decode(vae, moments.chunk(2, dim=1)[0], 0.0, 1.0, rows).cpu()
             arrays.write(rows, **{name: values[name] for name in shapes})
     everyones = [bad] * world_size
     if world_size > 1:
@@ -367,7 +414,7 @@ def first_line(error):
 
 def fail(message, status=2):
     """Print one sentence on stderr and exit."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first process speaks; torchrun then ends the others
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process speaks; torchrun then ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar
@@ -376,6 +423,14 @@ def fail(message, status=2):
 
 def run(main):
     """Run a script's main; what the system refuses, as a full disk, is one sentence."""
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # if closed
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+    if any(re.fullmatch(r"(--[\w-]+=)?\s*", word) for word in sys.argv[1:]):
+        fail("an argument is empty: is a variable of the shell not set?")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):  # torchrun's
+        if not os.environ.get(name, "0").isdecimal():
+            fail(f"the environment has {name}={os.environ[name]}, which is no number")
     try:
         main()
         if dist.is_initialized():
@@ -383,13 +438,15 @@ def run(main):
             dist.destroy_process_group()
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
-    except torch.OutOfMemoryError as error:
-        fail(f"{first_line(error)} (lower --batch-size, or in training --micro-batch)")
-    except RuntimeError as error:
+    except FloatingPointError as error:
+        fail(f"{error}: are weights damaged, or numbers too large?")
+    except (MemoryError, RuntimeError) as error:
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")
             os._exit(2)
-        raise
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "t allocate" not in str(error):
+            raise
+        fail(f"{first_line(error)} (lower --batch-size, or in training --micro-batch)")
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 
@@ -410,13 +467,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_int(text):
-    if int(text) < 1:
+    if not 0 < int(text) < 2**40:
         raise ValueError  # argparse then names the flag and the type
     return int(text)
 
 
 def nonnegative_int(text):
-    if int(text) < 0:
+    if not 0 <= int(text) < 2**63:
         raise ValueError
     return int(text)
 
@@ -456,7 +513,10 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
     device = torch.device(f"cuda:{local_rank}" if cuda else "mps" if mps else "cpu")
     if "RANK" not in os.environ:
         return 0, 1, device
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except ValueError as error:
+        fail(first_line(error))  # a variable that torchrun sets is missing
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store remembers what was before
     backend = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
     dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size,
@@ -475,20 +535,64 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
+def writing(path, mode):
+    """A file to write, which the disk then has. What goes wrong is an OSError that names it."""
+    try:
+        with open(path, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
+        message = f"cannot be written, is the disk full? ({first_line(error)})"
+        raise OSError(errno.EIO, message, str(path).removesuffix(".tmp")) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """A file to write, which gets its name once the disk has all of it."""
     part = Path(f"{path}.tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as file:
+        with writing(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
+    except OSError:
         part.unlink(missing_ok=True)
-        message = f"cannot be written, is the disk full? ({first_line(error)})"
-        raise OSError(errno.EIO, message, str(path)) from error
+        raise
+
+
+def regular(path):
+    """The path of a file. Raises OSError for a pipe or a device, whose end may never come."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path
+
+
+def content_id(path):
+    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there is none.
+
+    Raises ValueError for a zip (.pt, .pt2, .npz) with a wrong checksum: torch and memory maps do not look.
+    """
+    path = Path(path, "diffusion_pytorch_model.safetensors" if Path(path).is_dir() else "")
+    if not path.exists():
+        return None
+    if not zipfile.is_zipfile(regular(path)):
+        return sha256(path)[:16]
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"it is damaged, in {damaged}")
+        return hashlib.sha256(str([part.CRC for part in archive.infolist()]).encode()).hexdigest()[:16]
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_tensors(path):
+    """A dictionary that torch.save wrote, on the CPU, read from disk when used; no code in it is run."""
+    content_id(path)  # fails if it is damaged
+    with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's checkpoints hold
+        return {**torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))}
 
 
 def lock(path, output):
@@ -502,17 +606,17 @@ def lock(path, output):
             fail(f"another process is writing {output} now; wait for it, or give another output")
 
 
-def check_same_settings(record, settings, defaults=None):
-    """Fail, naming each setting that differs, if the JSON file `record` of an output has others.
-
-    Its settings are at their defaults where it does not know them, or else not compared.
-    """
+def check_same_settings(record, settings, there=None):
+    """Fail, naming each setting that differs, if the file `record` of an output has others: `there`, or what
+    it holds as JSON. Those that it does not know are not compared."""
     try:
-        there = {**(defaults or {}), **json.loads(record.read_text())}
-        there |= there["data"] if isinstance(there.get("data"), dict) else {}  # of a run of train.py
+        there = there or json.loads(regular(record).read_text())
+        there = there | (there["data"] if isinstance(there.get("data"), dict) else {})  # of train.py
+        if not there.keys() & settings.keys():
+            raise ValueError("no setting is in it")
     except Exception as error:
-        fail(f"{record} is missing or damaged ({first_line(error)}); remove what it describes")
-    settings = json.loads(json.dumps(settings))  # tuples are lists there
+        fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
+    there, settings = json.loads(json.dumps([there, settings]))  # tuples are lists there
     differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()
               if key in there and there[key] != value]
     if differ:
@@ -520,10 +624,14 @@ def check_same_settings(record, settings, defaults=None):
 
 
 def already_complete(out, record, settings):
-    """Whether this command has made `out` before; fails if another has."""
-    if out.exists():
+    """Whether this command has made `out` before; fails if anything else has."""
+    if out.exists() and not record.exists():
+        fail(f"{out} exists, and has no {record.name}, so this did not make it; give another output")
+    if record.exists():
         check_same_settings(record, settings)
-        shutil.rmtree(f"{out}.partial", ignore_errors=True)  # left by a kill at the very end
+    if out.exists():
+        if Path(f"{out}.partial/lock").exists():  # left by a kill at the very end
+            shutil.rmtree(f"{out}.partial", ignore_errors=True)
         print(f"{out} is complete already")
     return out.exists()
 

@@ -12,7 +12,6 @@ it has them, "spatial" (B, S) and "logits" (B, C). Without logits there is no IS
 """
 
 import errno
-import hashlib
 import os
 import struct
 import zipfile
@@ -29,15 +28,21 @@ from tqdm import tqdm
 from extract_latents import (
     Parser,
     atomic_write,
+    check_same_settings,
+    content_id,
     fail,
+    files_in,
     first_line,
     init_distributed,
     load_batch,
     load_image,
+    load_tensors,
     positive_int,
     read_ahead,
     read_rows,
+    regular,
     run,
+    sha256,
     write_json,
 )
 from models import load_program
@@ -226,22 +231,19 @@ def load_network(args, device):
     path = Path(args.detector or args.weights or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS))
     try:
         if args.detector:
+            content_id(path)  # fails if it is damaged
             return load_program(path, device), f"detector {sha256(path)[:16]}"
         if not args.weights and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)
         network = InceptionV3()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(load_tensors(path))
     except Exception as error:  # network, file, pickle and shape errors have no common class
         hint = "" if args.detector else f" (see --weights, and {WEIGHTS_URL})"
         fail(f"{path} cannot be loaded: {first_line(error)}{hint}")
     digest = sha256(path)
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
     return network.to(device).eval().requires_grad_(False), space
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Images:
@@ -254,24 +256,26 @@ class Images:
         self.path, self.crop, self.files, self.stored = Path(path), crop, [], {}
         try:
             if self.path.is_dir():
-                found = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True)
-                               for name in names if not name.startswith("."))
+                found = sorted(map(Path, files_in(path, set())))
                 if not found:
                     raise ValueError("it holds no files")
                 order = np.random.default_rng(0).permutation(len(found))  # sorted classes spoil the IS
                 self.files = [found[i] for i in order]
                 self.count, self.size = len(found), load_image(self.files[0], crop).shape[:2]
             else:
+                content_id(path) if self.path.suffix == ".npz" else regular(path)  # fail if it is damaged
                 self.array = map_array(self.path)
                 self.count, *self.size, channels = self.array.shape
                 if self.array.dtype != np.uint8 or channels != 3 or not self.array.flags.c_contiguous:
                     raise ValueError(f"{self.array.dtype} {self.array.shape} is not uint8 NHWC in C order")
-                if crop and crop != self.size[0]:
-                    raise ValueError(f"its images have {self.size[0]} pixels, not {crop}")
                 if self.path.suffix == ".npz":
                     with np.load(path) as archive:
                         names = (*STATISTICS, "feature_space")
                         self.stored = {name: archive[name] for name in names if name in archive}
+                    check_statistics(self.stored)
+            height, width = self.size
+            if (height, width) != 2 * (crop or height,):
+                raise ValueError(f"its images have {height} x {width} pixels, not {crop or height} squared")
             if self.count < 4:
                 raise ValueError("a third nearest neighbour takes 4")
         except Exception as error:  # file, zip, header, pickle and PIL errors have no common class
@@ -294,6 +298,16 @@ class Images:
         return np.sort(np.random.default_rng(0).permutation(self.count)[:10_000])
 
 
+def check_statistics(stored):
+    """Raise ValueError if, of an .npz's arrays by name, the statistics are not what ADM stores."""
+    for names in (STATISTICS, STATISTICS[2:]):
+        if stored.keys() & names:
+            mu, sigma = (stored.get(name, np.zeros(())) for name in names[:2])
+            if mu.dtype.kind + sigma.dtype.kind != "ff" or sigma.shape != 2 * mu.shape or mu.ndim != 1 or (
+                    not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T)):
+                raise ValueError(f"its {names[0]} and {names[1]} are no finite mean and covariance")
+
+
 def map_array(path):
     """The array of an .npy, or arr_0 of an .npz, memory-mapped; where that is compressed, read as a whole."""
     if path.suffix != ".npz":
@@ -306,9 +320,13 @@ def map_array(path):
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)  # where the header that precedes the member gives two lengths
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        start = file.tell()
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        array = np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        if array.offset + array.nbytes > start + member.file_size:
+            raise ValueError("arr_0 is shorter than its header says")
+        return array
 
 
 @torch.no_grad()
@@ -381,12 +399,12 @@ def use_stored(found, images, space):
     for name in STATISTICS if "mu" in stored else ():
         computed = found.pop(name, None)
         if name in stored:
-            found[name] = value = stored[name]
-            if computed is not None and value.shape != computed.shape or not np.isfinite(value).all():
-                fail(f"{images.path} holds {name} of another network, or not finite")
+            found[name] = stored[name]
+            if computed is not None and found[name].shape != computed.shape:
+                fail(f"{images.path} holds {name} of another network")
 
 
-def report(args, samples, reference, found, found_ref, space, device):
+def report(args, samples, reference, compared, found, found_ref, space, device):
     """Print the metrics that the features allow, and write them to --json."""
     metrics = {}
     for metric, (mu, sigma) in {"FID": STATISTICS[:2], "sFID": STATISTICS[2:]}.items():
@@ -404,9 +422,7 @@ def report(args, samples, reference, found, found_ref, space, device):
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
     if args.json:
-        about = {"samples": str(samples.path.resolve()), "count": samples.count, "feature_space": space,
-                 "reference": str(reference.path.resolve())}
-        write_json(args.json, {**metrics, **about})
+        write_json(args.json, {**metrics, **compared, "count": samples.count, "feature_space": space})
 
 
 def parse_args():
@@ -426,11 +442,16 @@ def parse_args():
     args = parser.parse_args()
     if args.save_stats and (args.json or not args.save_stats.endswith(".npz")):
         fail("--save-stats takes the name of an .npz, and no --json")
+    if args.save_stats and os.path.lexists(args.save_stats):
+        fail(f"{args.save_stats} exists; give another name")
     return args
 
 
 def main():
     args = parse_args()
+    compared = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or "")}
+    if args.json and os.path.lexists(args.json):
+        check_same_settings(Path(args.json), compared)
     samples = Images(args.images, args.image_size if args.save_stats else None)
     sets = [Images(args.ref, args.image_size or samples.size[0]), samples] if args.ref else [samples]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # moves features by 1e-3
@@ -451,7 +472,7 @@ def main():
             np.savez(file, arr_0=drawn, feature_space=space, **statistics)
         print(f"{args.save_stats}: {len(drawn):,} images, statistics of {samples.count:,}, {space}")
     elif rank == 0:
-        report(args, samples, sets[0], found[samples], found[sets[0]], space, device)
+        report(args, samples, sets[0], compared, found[samples], found[sets[0]], space, device)
 
 
 if __name__ == "__main__":

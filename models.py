@@ -337,10 +337,12 @@ class ExportedEncoder:
 
     def __init__(self, path, image_size):
         self.path = path
-        shape = self.to("cpu")(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)).shape
-        self.side, self.dim = math.isqrt(shape[1]), shape[-1]
-        if shape != (2, self.side**2, self.dim):
-            raise ValueError(f"for 2 images it gives {tuple(shape)}, not tokens (2, N, dim) of a square grid")
+        self.to("cpu")
+        for count in (3, 2):  # it must take any number
+            shape = self(torch.zeros(count, 3, image_size, image_size, dtype=torch.uint8)).shape
+            self.side, self.dim = math.isqrt(shape[1]), shape[-1]
+            if shape != (count, self.side**2, self.dim):
+                raise ValueError(f"for {count} images it gives {tuple(shape)}, no tokens of a square grid")
 
     def to(self, device):
         self.program = load_program(self.path, device)

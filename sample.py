@@ -27,11 +27,13 @@ from extract_latents import (
     already_complete,
     atomic_write,
     barrier,
+    content_id,
     decode,
     fail,
     first_line,
     fraction,
     init_distributed,
+    load_tensors,
     load_vae,
     nonnegative_int,
     positive_int,
@@ -113,7 +115,7 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
             x = sample_sde(model, noise, y, generators=generators, **options)
         else:
             x = sample_ode(model, noise, y, **options)
-    return decode(vae, x, facts["shift"], facts["scale"])
+    return decode(vae, x, facts["shift"], facts["scale"], rows)
 
 
 def autocast(device, precision):
@@ -155,10 +157,14 @@ def to_bf16(model):
 TRAINING_ONLY = ("heads.", "projectors.", "ap_head.", "bn.")
 
 
-def load_checkpoint(path):
-    """A checkpoint's contents on the CPU, read from disk when used; no code in the file is run."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's files hold
-        return {**torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
+def load_decoder(facts, device):
+    """The VAE of facts on latents, and the side of the images that it makes of such latents."""
+    try:
+        vae = load_vae(facts["vae"], facts.get("vae_content")).to(device)
+        x = torch.zeros(1, facts["latent_shape"][0], 4, 4, device=device)
+        return vae, decode(vae, x, facts["shift"], facts["scale"]).shape[1] // 4 * facts["latent_shape"][1]
+    except Exception as error:  # hub, config, weights, sizes
+        fail(f"the VAE {facts['vae']} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
 
 
 class NoInitialWeights(TorchFunctionMode):
@@ -173,7 +179,7 @@ class NoInitialWeights(TorchFunctionMode):
 def load_model(path):
     """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_tensors(path)
         weights = checkpoint.get("ema", checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
         with NoInitialWeights():
@@ -182,7 +188,11 @@ def load_model(path):
         model.load_state_dict(own, assign=True)
         facts = facts_of(settings["data"], weights)
         if settings.get("tune_vae"):
-            facts["vae"] = vae_folder(path)
+            facts |= {"vae": vae_folder(path), "vae_content": None}
+        sparse = any(x.layout != torch.strided for x in own.values())
+        kinds, sides = (type(facts["vae"]), type(checkpoint.get("step", 0))), facts["latent_shape"][1:]
+        if sparse or kinds != (str, int) or sides != [model.input_size] * 2:
+            raise ValueError("its weights, its step, its VAE or the shape of its latents cannot be used")
     except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
     return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}
@@ -233,6 +243,14 @@ def published_settings(weights):
 # ---- The command
 
 
+def class_of(i, num_classes, args):
+    """The class of image i."""
+    if not args.num_samples:
+        return args.classes[i // args.per_class]
+    return i % num_classes if args.class_balanced else int(
+        np.random.default_rng([args.seed, i]).integers(num_classes))
+
+
 def parse_args():
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
@@ -276,32 +294,26 @@ def main():
         fail(f"--classes {args.classes}: this checkpoint has 0 to {n - 1}")
     if args.cfg_scale > 1 and trained.get("label_dropout") == 0:
         fail("trained with --label-dropout 0, this checkpoint has no null class for --cfg-scale")
-    if args.num_samples:
-        y = [i % n if args.class_balanced else int(np.random.default_rng([args.seed, i]).integers(n))
-             for i in range(args.num_samples)]
-    else:
+    if not args.num_samples:
         args.classes = args.classes or spread_classes(n, 10)
-        y = np.repeat(args.classes, args.per_class).tolist()
-
-    args.vae = args.vae or facts["vae"]
+    count = args.num_samples or len(args.classes) * args.per_class
+    if args.vae:
+        facts |= {"vae": args.vae, "vae_content": None}  # it may be any other
+    args.vae = facts["vae"]
     out = Path(args.out or Path(args.ckpt).with_suffix(".npz" if args.num_samples else ".png"))
     record = Path(f"{out}.json")
-    settings = {**vars(args), "ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"]}
+    settings = {**vars(args), "ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"],
+                "ckpt_content": content_id(args.ckpt), "vae_content": content_id(args.vae)}
     for key in ("out", "batch_size", "compile"):  # they change no image
         del settings[key]
     if already_complete(out, record, settings):
         return
 
     rank, world_size, device = init_distributed("gloo", timedelta(days=2))
-    try:
-        vae = load_vae(args.vae).to(device)
-        x = torch.zeros(1, *facts["latent_shape"], device=device)
-        side = decode(vae, x, facts["shift"], facts["scale"]).shape[1]
-    except Exception as error:  # hub, config, weights, sizes
-        fail(f"the VAE {args.vae} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
+    vae, side = load_decoder(facts, device)
     model = model.to(device)
-    shapes = {"images": ((len(y), side, side, 3), "uint8")}
-    arrays = ResumableArrays(out, settings, len(y), shapes, rank)
+    shapes = {"images": ((count, side, side, 3), "uint8")}
+    arrays = ResumableArrays(out, settings, count, shapes, rank)
     if args.precision == "bf16":
         to_bf16(model)
     if args.compile and args.num_samples:
@@ -310,8 +322,8 @@ def main():
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
     batches = arrays.batches(args.batch_size, rank, world_size)
     for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
-        labels = [y[i] for i in rows]
-        images = sample_images(model, vae, facts, rows, labels, args.seed, args.precision, **options)
+        y = [class_of(i, n, args) for i in rows]
+        images = sample_images(model, vae, facts, rows, y, args.seed, args.precision, **options)
         arrays.write(rows, images=images.cpu())
 
     barrier()

@@ -31,18 +31,22 @@ from extract_latents import (
     Parser,
     atomic_write,
     check_same_settings,
+    content_id,
     fail,
     first_line,
     fraction,
     init_distributed,
+    load_tensors,
     load_vae,
     lock,
     nonnegative_float,
     nonnegative_int,
     positive_int,
     read_ahead,
+    regular,
     run,
     write_json,
+    writing,
 )
 from models import (
     ALIGN_DEPTHS,
@@ -55,7 +59,7 @@ from models import (
     mean_over_processes,
     patchify,
 )
-from sample import autocast, draw_grid, load_checkpoint, rng, save_vae
+from sample import autocast, draw_grid, load_decoder, rng, save_vae
 
 # ---- The method
 
@@ -267,17 +271,34 @@ def save_checkpoints(run_dir, step, numbered, settings, parts):
     save(run_dir / "state.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
 
 
-def resume(path, parts):
-    """Load what `save_checkpoints` wrote, if it did, and return its step, or 0."""
+def resume(args, settings, parts):
+    """Load what `save_checkpoints` wrote with these settings, if it did, and return its step, or 0."""
+    run_dir, parser = Path(args.run_dir), make_parser()
+    path, record = run_dir / "state.pt", run_dir / "settings.json"
+    settings = {key: x for key, x in {**settings, **settings["data"]}.items() if key not in (*FREE, "data")}
+    defaults = {key: parser.get_default(key) for key in vars(args)}  # of flags that are newer than the run
     if not path.exists():
+        if record.exists():
+            check_same_settings(record, settings)
+        elif any((run_dir / name).exists() for name in ("log.jsonl", "checkpoints")):
+            fail(f"{run_dir} has no settings.json, but log.jsonl or checkpoints; give another --run-dir")
         return 0
     try:
-        state = load_checkpoint(path)
+        state = load_tensors(path)
+        check_same_settings(path, settings, {**defaults, **state["settings"]})
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return int(state["step"])
+        if type(step := state["step"]) is not int or step < 0:
+            raise ValueError(f"its step is {step}")
+        return step
     except Exception as error:  # files can be wrong in many ways
         fail(f"{path} does not fit this model and these latents: {first_line(error)}")
+
+
+def cut_torn_line(log):
+    """Remove the end of a log that a full disk, or a kill, left without a line's end."""
+    if log.exists():
+        os.truncate(log, regular(log).read_bytes().rfind(b"\n") + 1)
 
 
 def start_wandb(args, settings):
@@ -406,7 +427,7 @@ def load_tuned(args, facts):
     """The modules that `vae_step` takes; the VAE is the one that made the latents. Raises ValueError."""
     source, size = facts["vae"], facts["image_size"]
     try:
-        vae, grey = load_vae(source), torch.zeros(1, 3, size, size)
+        vae, grey = load_vae(source, facts["vae_content"]), torch.zeros(1, 3, size, size)
         if args.vae_from_scratch:
             vae = type(vae).from_config(vae.config).eval()
         posterior = getattr(vae.encode(grey), "latent_dist", None)
@@ -419,11 +440,11 @@ def load_tuned(args, facts):
             source, tuned["gan"] = "a discriminator", Discriminator()
             tuned["gan"](grey)
             if source := args.disc_init:
-                tuned["gan"].load_state_dict(torch.load(source, "cpu", weights_only=True))
+                tuned["gan"].load_state_dict(load_tensors(source))
         if args.lpips_weight:
             vgg, lin = args.lpips_weights
             source = f"--lpips-weights {vgg} {lin} (--lpips-weight 0 does without)"
-            tuned["lpips"] = LPIPS(*(torch.load(file, "cpu", weights_only=True) for file in (vgg, lin)))
+            tuned["lpips"] = LPIPS(load_tensors(vgg), load_tensors(lin))
         return tuned
     except Exception as error:  # hub, config, weights, sizes
         raise ValueError(f"--tune-vae cannot use {source} for {size} pixels: {first_line(error)}") from error
@@ -436,6 +457,7 @@ def build(args, facts):
     encoder, tuned, settings = None, torch.nn.ModuleDict(), {**vars(args), "data": facts}
     try:
         if args.repa_depth:
+            settings["repa_content"] = content_id(args.repa_encoder)
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
         torch.manual_seed(args.seed)
@@ -470,22 +492,15 @@ def main():
     latents = Latents(args.data, extras)
     facts, run_dir, first = latents.facts, Path(args.run_dir), int(os.environ.get("RANK", 0)) == 0
     raw_model, ema, encoder, tuned, settings = build(args, facts)
-    if (run_dir / "settings.json").exists():
-        flat = {key: value for key, value in {**settings, **facts}.items() if key not in (*FREE, "data")}
-        parser = make_parser()
-        defaults = {name: parser.get_default(name) for name in vars(args)}
-        check_same_settings(run_dir / "settings.json", flat, defaults)
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})
-    start, vae = resume(run_dir / "state.pt", parts), None
+    start, vae = resume(args, settings, parts), None
     if first and 0 < args.sample_every <= args.max_steps:
-        try:
-            vae = tuned["vae"] if tuned else load_vae(facts["vae"])
-        except Exception as error:  # of many kinds
-            fail(f"the VAE {facts['vae']}, for sample grids (--sample-every): {first_line(error)}")
+        vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
         lock(run_dir / "lock", run_dir)
+        cut_torn_line(run_dir / "log.jsonl")
         write_json(run_dir / "settings.json", settings)
 
     # to the GPU
@@ -534,7 +549,7 @@ def main():
         if log:
             line = log_line(done, history, len(history) * args.batch_size / (time.perf_counter() - clock))
             if rank == 0:
-                with open(run_dir / "log.jsonl", "a") as file:
+                with writing(run_dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -92,8 +93,8 @@ def commands_of(args, data, folder, seed, method):
 def read_log(folder):
     """The denoising loss that a run has logged so far, {step: loss}; a resumed run repeats steps."""
     log = ROOT / folder / "log.jsonl"
-    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    return {line["step"]: line["denoising"] for line in lines}
+    lines = log.read_text().split("\n")[:-1] if log.exists() else ()  # whole ones
+    return {line["step"]: line["denoising"] for line in map(json.loads, lines)}
 
 
 def last_step(folder):
@@ -138,6 +139,7 @@ def parse_args():
 
 def main():
     args, started = parse_args(), time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     data = Path(f"runs/demo/{args.images}-images")
     for command in (("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", 64),
                     ("extract_latents.py", "--images", data / "images", "--out", data / "latents",

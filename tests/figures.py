@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from extract_latents import (  # noqa: E402
     Latents,
     Parser,
     atomic_write,
+    content_id,
     decode,
     fail,
     first_line,
@@ -138,7 +140,7 @@ def draw_convergence(args):
     checkpoints, curves, table = {}, {name: {} for name in names}, []  # checkpoints: {(name, step): path}
     for name, folder in zip(names, args.runs):
         paths = {path.stem: path for path in Path(folder, "checkpoints").glob("*.pt")}
-        paths = {int(stem): path for stem, path in paths.items() if stem.isdigit()}
+        paths = {int(stem): path for stem, path in paths.items() if stem.isdecimal()}
         for step in sorted(args.steps or paths) or ["STEP"]:
             if step not in paths:
                 fail(f"{folder}/checkpoints has no {step}.pt; train.py writes one every --ckpt-every steps")
@@ -173,12 +175,26 @@ def measure(checkpoint, space, args):
     folder = checkpoint.parent.parent / "figures" / f"{args.num_samples}_{args.mode}-{args.num_steps}"
     samples, record = folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
     wanted = {"reference": str(Path(args.ref).resolve()), "feature_space": space}
-    if not record.exists() or not wanted.items() <= json.loads(record.read_text()).items():
+    if not made_from(samples, checkpoint) or not wanted.items() <= kept(record).items():
+        record.unlink(missing_ok=True)
         network = [f"--{flag}={file}" for flag in ("weights", "detector") if (file := getattr(args, flag))]
         call("sample.py", "--ckpt", checkpoint, "--num-samples", args.num_samples, "--mode", args.mode,
              "--num-steps", args.num_steps, "--out", samples, processes=args.nproc_per_node)
         call("fid.py", samples, "--ref", args.ref, *network, "--json", record, processes=args.nproc_per_node)
-    return json.loads(record.read_text())
+    return kept(record)
+
+
+def kept(path):
+    """What a JSON file of an earlier run holds, or {} where it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def made_from(samples, checkpoint):
+    """Whether sample.py has drawn them from what the checkpoint holds now."""
+    return samples.exists() and kept(Path(f"{samples}.json")).get("ckpt_content") == content_id(checkpoint)
 
 
 def draw_classes(checkpoint, args):
@@ -186,7 +202,7 @@ def draw_classes(checkpoint, args):
     classes = "-".join(map(str, args.classes))
     folder = f"{args.mode}-{args.num_steps}_cfg-{args.cfg_scale:g}_classes-{classes}"
     path = checkpoint.parent.parent / "figures" / folder / f"{checkpoint.stem}.png"
-    if not path.exists():
+    if not made_from(path, checkpoint):
         call("sample.py", "--ckpt", checkpoint, "--classes", *args.classes, "--per-class", 1, "--mode",
              args.mode, "--num-steps", args.num_steps, "--cfg-scale", args.cfg_scale, "--out", path)
     with Image.open(path) as image:
@@ -198,7 +214,11 @@ def call(script, *words, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*(launcher if processes > 1 else ()), str(ROOT / script), *map(str, words)]
     print(f"$ python {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, *command]).returncode
+    with subprocess.Popen([sys.executable, *command]) as running:
+        try:
+            status = running.wait()
+        finally:
+            running.terminate()  # at Ctrl-C, and where this is killed
     if status < 0:
         fail(f"{script} was killed by signal {-status}")
     if status:
@@ -531,6 +551,7 @@ def main():
     args = parse_args()
     if "RANK" in os.environ:
         fail("start this with python, not torchrun; convergence has --nproc-per-node")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     args.draw(args)
 
 

@@ -16,6 +16,7 @@ denoise, with a strong KL, or in want of steps.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -80,8 +81,7 @@ def measure(folder, data, args):
         call("fid.py", images, "--ref", data / "images", *fid, "--json", folder / f"{name}.json")
     latents = Latents(folder / "latents")
     z = latents.read(range(latents.facts["count"]))["mean"] / torch.from_numpy(latents.scale)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = {line["step"]: line for line in lines}[args.steps]
+    last = json.loads((folder / "log.jsonl").read_text().split("\n")[-2])
     generated, rebuilt = (json.loads((folder / f"{name}.json").read_text())["FID"]
                           for name in ("samples", "rfid"))
     return [f"{variance(z):.3g}", f"{total_variation(z):.3g}", f"{-last['repa']:.3f}",
@@ -97,6 +97,7 @@ def parse_args():
 def main():
     args, data, out, rows = parse_args(), Path("runs/demo/2000-images"), Path("runs/repa-e"), []
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     call("tests/data/draw_images.py", data / "images", "--count", 2000, "--size", SIZE)
     call("extract_latents.py", "--images", data / "images", "--out", data / "latents",
          "--vae", "tests/data/vae", "--image-size", SIZE, "--store-images", "--num-workers", 1)

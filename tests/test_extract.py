@@ -145,7 +145,8 @@ def test_the_set_on_disk(whole, pictures, vae):
     about = json.loads((whole / "latents.json").read_text())
     assert about.pop("files_sha256") == hashlib.sha256(os.fsencode("\n".join(NAMES))).hexdigest()
     assert about == {
-        "vae": str(vae), "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25,
+        "vae": str(vae), "vae_content": hashlib.sha256((vae / WEIGHTS).read_bytes()).hexdigest()[:16],
+        "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25,
         "scale": 0.5, "num_classes": 3, "class_names": ["class0", "class1", "class2"]}
 
 
@@ -254,7 +255,7 @@ def test_the_reader(tmp_path):
     about = json.loads((folder / "latents.json").read_text())
     np.save(folder / "score.npy", score := np.arange(12.0))
     latents = Latents(folder, ["images", "clip", "score"])
-    facts = {**about, "count": 12, "latent_shape": [4, 8, 8]}
+    facts = {**about, "vae_content": None, "count": 12, "latent_shape": [4, 8, 8]}
     assert latents.facts == {**facts, "image_size": 32} and Latents(folder).facts == facts
     shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
     expected = {"mean": (moments[rows, :4] - shift) * scale, "std": moments[rows, 4:] * scale,
@@ -299,12 +300,13 @@ def failing(function, nth, error):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-# os.fsync is called for settings.json, for moments, images and done of 7 batches, for labels and latents.json
+# os.fsync is called for moments, images, done, settings.json; for the three with each of 7 batches; and for
+# labels and latents.json
 @pytest.mark.parametrize("error, owner, name, nth, rows_left", [
-    *((Killed(), os, "fsync", nth, left) for nth, left in [(1, 13), (4, 11), (21, 1), (23, 0)]),
-    *((FULL, os, "fsync", nth, left) for nth, left in [(1, 13), (3, 13), (24, 0)]),
+    *((Killed(), os, "fsync", nth, left) for nth, left in [(4, 13), (7, 11), (24, 1), (26, 0)]),
+    *((FULL, os, "fsync", nth, left) for nth, left in [(4, 13), (6, 13), (27, 0)]),
     (FULL, os, "posix_fallocate", 2, 13), (Killed(), os, "replace", 4, 0), (Killed(), os, "unlink", 2, 0),
-    (KeyboardInterrupt(), os, "fsync", 5, 11),
+    (KeyboardInterrupt(), os, "fsync", 8, 11),
     (OSError("no answer"), extract_latents, "load_image", 4, 2)])  # by the end, it can be read
 def test_stopped_anywhere_it_goes_on(
         capsys, pictures, vae, whole, tmp_path, monkeypatch, error, owner, name, nth, rows_left):
@@ -327,9 +329,11 @@ def test_stopped_anywhere_it_goes_on(
 def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tmp_path):
     """A real kill amid the third batch. No other command may join before it, or do what was done after it."""
     root, out = shutil.copytree(pictures, tmp_path / "images"), tmp_path / "out"
-    (root / NAMES[5]).unlink()
-    os.mkfifo(root / NAMES[5])  # whoever reads this image waits for ever
-    command = [sys.executable, ROOT / "extract_latents.py", *map(str, flags(root, vae, out))]
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import extract_latents as it; "
+            "read = it.load_image; "
+            f"it.load_image = lambda *x: time.sleep(999) if x[0].endswith({NAMES[5]!r}) else read(*x); "
+            "it.run(it.main)")
+    command = [sys.executable, "-c", code, *map(str, flags(root, vae, out))]
     own, deadline, done = {**os.environ, "OMP_NUM_THREADS": "1"}, time.time() + 120, partial(out) / "done.npy"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=own) as running:
         try:
@@ -341,8 +345,6 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
         finally:
             running.kill()
     assert np.load(done).tolist() == [1] * 4 + [0] * 9
-    (root / NAMES[5]).unlink()
-    shutil.copy(pictures / NAMES[5], root / NAMES[5])
     for i in range(4):  # on disk already: nobody reads them again
         (root / NAMES[i]).write_text("no image now")
     run = process("extract_latents", *flags(root, vae, out), processes=2)
@@ -352,11 +354,11 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
 
 def test_processes_share_the_batches(tmp_path):
     """Each batch belongs to one of them, until all of it is on disk; the batch size may change."""
-    first = ResumableArrays(tmp_path / "a", {}, 20, {"x": ((20, 2), "float16")})
+    first = ResumableArrays(tmp_path / "a", {"a": 1}, 20, {"x": ((20, 2), "float16")})
     assert [first.batches(6, rank, 3) for rank in range(3)] == [
         [range(6), range(18, 20)], [range(6, 12)], [range(12, 18)]]
     first.write(range(3, 9), x=np.ones((2, 6)).T)
-    again = ResumableArrays(tmp_path / "a", {}, 20, {"x": ((20, 2), "float16")})
+    again = ResumableArrays(tmp_path / "a", {"a": 1}, 20, {"x": ((20, 2), "float16")})
     assert [[r.start for r in again.batches(4, rank, 2)] for rank in (0, 1)] == [[0, 12], [8, 16]]
     for rows in again.batches(4):
         again.write(rows, x=np.full((4, 2), rows.start + 0.1))
@@ -369,7 +371,8 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     root = shutil.copytree(pictures, tmp_path / "images")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.iterdir()}
     monkeypatch.setattr(extract_latents, "load_vae", None)  # not even loaded
-    partial(whole).mkdir()  # as a kill may leave it
+    partial(whole).mkdir()
+    (partial(whole) / "lock").touch()  # as a kill may leave it
     monkeypatch.chdir(vae.parent)
     assert "complete already" in extract(capsys, flags(root, vae.name, whole)) and not partial(whole).exists()
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
@@ -403,8 +406,8 @@ def test_impossible_folders_and_flags(capsys, images, vae, tmp_path, monkeypatch
     (hollow / "cat" / ".x").mkdir(parents=True)
     for path in (file, hollow / "0.png", hollow / "cat" / ".x" / "0.png"):
         path.write_text("x")
-    for root in (tmp_path / "none", file, hollow / "cat"):
-        assert f"--images {root} holds no class folders" in refused(capsys, flags(root, vae, out))
+    for root, says in {tmp_path / "none": "No such file", file: "Not a", hollow / "cat": "no class"}.items():
+        assert f"{root}" in (said := refused(capsys, flags(root, vae, out))) and says in said
     assert f"class folder {hollow / 'cat'} holds no images" in refused(capsys, flags(hollow, vae, out))
     for output in (file, file / "latents"):
         assert str(file) in refused(capsys, flags(images, vae, output))

@@ -1,37 +1,28 @@
-"""What happens when things go wrong in training, sampling, extraction and evaluation, as whole commands.
+"""Kills, signals, and processes that die or hang, as whole commands.
 
-Signals save and stop, torchrun restarts what dies, a run killed at any moment is the run it would have been,
-no loss that is not finite and no full disk spoils a checkpoint, two commands never write one output, and bad
-input is one sentence, exit status 2, without code run. Campaigns: `python -m pytest tests -m slow -s`.
+Signals save and stop, torchrun restarts what dies, and a run killed at any moment is the run it would have
+been. Campaigns: `python -m pytest tests -m slow -s`.
 """
 
 import contextlib
-import io
-import itertools
-import json
 import os
-import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Killed, cli, message, process, write_set
+from conftest import ROOT, TINY, cli, process, write_set
 from PIL import Image
 from test_train import load, log
 from torch.distributed.run import get_args_parser
 
-import extract_latents
 import train
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
@@ -328,198 +319,3 @@ def test_a_worker_that_dies_or_hangs_ends_the_others(data, tmp_path, rank, numbe
         print(f"\nworker {rank}, {number.name}: the other ended after {took:.1f} s")
         assert took < 20 if number == signal.SIGKILL else limit - 1 < took < limit + 15
         assert gone(everyone[1:]) and newest_step(run) > 0
-
-
-# ---- bad input, locks, full disks: one sentence that names the thing, exit status 2, nothing under a final
-# name, no code run
-
-
-class Code:
-    """Unpickling it creates a file."""
-
-    def __reduce__(self):
-        return open, ("ran", "w")
-
-
-def packed(save):
-    """What save(file) writes."""
-    file = io.BytesIO()
-    save(file)
-    return file.getvalue()
-
-
-def copy(source):
-    return partial(shutil.copy, source)
-
-
-def array(change):
-    """The array, saved again, changed."""
-    return lambda path: np.save(path, change(np.load(path)))
-
-
-def keys(**changes):
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def torch_file(source, *keys, **changes):
-    """A good file of torch, whose dictionary, or that at the keys, is changed."""
-    def save(path):
-        found = inner = load(source)
-        for key in keys:
-            inner = inner[key]
-        inner.update(changes)
-        torch.save(found, path)
-    return save
-
-
-def bomb(path):
-    """A PNG of 400 megapixels, in few bytes."""
-    Image.new("1", (20000, 20000)).save(path)
-
-
-FOLDER, GONE = object(), object()
-CODE, TORCH_CODE = pickle.dumps([Code()]), packed(partial(torch.save, {"ema": {}, "opt": Code()}))
-ARRAY_CODE = packed(lambda file: np.save(file, np.array([Code()] * 12, object)))
-
-M, L, A = "latents/moments.npy", "latents/labels.npy", "latents/latents.json"
-STATE, IMAGE, OUT, X = "out/run/state.pt", "images/class0/00.png", "out/a.npz", "out/latents.partial/"
-VAE = "vae/diffusion_pytorch_model"
-CODE_VAE = {f"{VAE}.safetensors": [GONE], f"{VAE}.bin": [TORCH_CODE]}
-FACTS = [torch_file("model.pt", "settings", "data", **{key: [3, "x"]})
-         for key in ("vae", "shift", "latent_shape")]
-BAD = [  # command and flags, what the sentence says, {file: what is put there, a case each}, largest file
-    ("train", "python tests/demo.py", {"latents": ["x", GONE]}),
-    ("train", "patch size 4", {M: [array(lambda x: x[:, :, :6, :6])]}),
-    ("train", "cannot be used", {M: [
-        FOLDER, ARRAY_CODE, array(np.float64), array(np.asfortranarray), array(lambda x: x[:, :, :4]),
-        array(lambda x: x[:, :7]), array(lambda x: x[1:])]}),
-    ("train", "not finite at step 1", {M: [array(lambda x: x * np.nan), array(lambda x: x * np.inf)]}),
-    ("train", "cannot be used", {L: [copy(M), CODE, array(lambda x: x * np.nan), array(lambda x: x - 1)]}),
-    ("train", "cannot be used", {A: [
-        FOLDER, "[" * 100_000, '{"vae": "x", "shift": 0, "num_classes": 3}', keys(num_classes=3.0),
-        keys(num_classes=2), keys(shift=float("nan")), keys(scale=0), keys(scale=[1, 2, 3])]}),
-    ("train --sample-every 1", "the VAE [3]", {A: [keys(vae=[3])]}),
-    ("train", "run", {"out/run": ["x"]}),
-    ("train", "checkpoints", {"out/run/checkpoints": ["x"]}),
-    ("train", "log.jsonl", {"out/run/log.jsonl": [FOLDER]}),
-    ("train", "settings.json", {"out/run/settings.json": ["[1]", '{"model": 3}']}),
-    ("train", "state.pt", {STATE: [
-        TORCH_CODE, CODE, FOLDER, lambda path: torch.save(torch.ones(3), path), copy("model.pt"),
-        *(torch_file("state.pt", **{key: {}}) for key in ("step", "model", "ema", "opt"))]}),
-    ("train --state-every 0", "--state-every", {}),
-    ("train --lr inf", "not finite", {}),
-    ("sample --ckpt samples.npz", "samples.npz", {}),
-    ("sample --ckpt detector.pt2", "detector.pt2", {}),
-    ("sample", "model.pt", {"model.pt": [TORCH_CODE, FACTS[2]]}),
-    ("sample", "VAE", {"model.pt": FACTS[:2]}),
-    ("sample --vae vae", "VAE", CODE_VAE),
-    ("sample --vae model.pt", "model.pt", {}),
-    ("sample", "a.npz.json", {OUT: ["x"], OUT + ".json": ["[]", FOLDER]}),
-    ("sample", "a.npz.partial/settings.json", {OUT + ".partial/settings.json": ["3"]}),
-    ("sample", "a.npz.partial is damaged", {OUT + ".partial/images.npy": [GONE]}),
-    ("extract_latents", IMAGE, {IMAGE: [bomb, CODE]}),
-    ("extract_latents", "--vae vae", CODE_VAE),
-    ("extract_latents", "vae", {"vae/config.json": ["[1]", keys(scaling_factor="x")]}),
-    ("extract_latents", "latents.json", {"out/latents/latents.json": [FOLDER]}),
-    ("extract_latents", "latents.partial is damaged", {X + "done.npy": [b"", ARRAY_CODE]}),
-    ("extract_latents", "latents.partial is damaged", {
-        X + "moments.npy": [lambda path: os.truncate(path, 999)]}),
-    ("extract_latents", "settings.json", {X + "settings.json": ["[]"]}),
-    ("fid --ref x.npz", "x.npz", {"x.npz": [copy("model.pt")]}),
-    ("fid --ref latents/labels.npy", "labels.npy", {}),
-    ("fid --ref images", "00.png", {IMAGE: [bomb]}),
-    ("fid --detector model.pt", "model.pt", {}),
-    ("fid --json out/a.json", "a.json", {"out/a.json": [FOLDER]}),
-    ("fid_stats", "b.npz", {"out/b.npz": [FOLDER]}),
-    ("train", "0000003.pt: cannot be written, is the disk full?", {}, 1_000_000),
-    ("train --max-steps 6 --state-every 5", "state.pt: cannot be written, is the disk full?",
-     {STATE: [copy("state.pt")]}, 20_000_000),
-    ("train", "settings.json: cannot be written, is the disk full?", {}, 100),
-    ("sample", "a.npz: cannot be written, is the disk full?", {}, 12_450),
-    ("sample", "disk", {}, 5_000),
-    ("extract_latents", "disk", {}, 5_000),
-    ("fid_stats", "b.npz: cannot be written, is the disk full?", {}, 30_000),
-    ("fid --json out/a.json", "a.json: cannot be written, is the disk full?", {}, 100)]
-BAD = [(command, says, dict(zip(changes, contents)), *limit) for command, says, changes, *limit in BAD
-       for contents in itertools.product(*changes.values())]
-COMMANDS = {
-    "train": " ".join(map(str, TINY)) + " --data latents --run-dir out/run --max-steps 3",
-    "sample": "--ckpt model.pt --num-samples 4 --num-steps 2 --out out/a.npz",
-    "extract_latents": "--images images --vae vae --image-size 32 --num-workers 1 --out out/latents",
-    "fid": "samples.npz --ref samples.npz --detector detector.pt2 --num-workers 1",
-    "fid_stats": "samples.npz --save-stats out/b.npz --detector detector.pt2 --num-workers 1"}
-
-
-@pytest.fixture
-def inputs(latents, images, vae, checkpoint, tmp_path, monkeypatch):
-    """In the working directory, links to good inputs, and out/."""
-    monkeypatch.chdir(tmp_path)
-    for name, path in {"latents": latents, "images": images, "vae": vae, "model.pt": checkpoint,
-                       "state.pt": checkpoint.parents[1] / "state.pt",
-                       "detector.pt2": ROOT / "tests/data/detector.pt2"}.items():
-        Path(name).symlink_to(path)
-    Path("out").mkdir()
-    np.savez("samples.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
-
-
-def put(path, content):
-    """Put something into the place of a file; the good input that a link leads to stays as it is."""
-    top = Path(path.parts[0])
-    if top.is_symlink():
-        source = top.resolve()
-        top.unlink()
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, top)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if callable(content):
-        return content(path)
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if content is FOLDER:
-        path.mkdir()
-    elif content is not GONE:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def under_final_names():
-    """Outputs that a reader would take for whole; those of settings alone come first, and are whole."""
-    return {path: path.is_dir() or path.read_bytes() for path in Path("out").rglob("*.*")
-            if ".partial" not in str(path) and path.name not in ("settings.json", "a.npz.json", "log.jsonl")}
-
-
-@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[0]}-{' '.join(case[2])}")
-def test_bad_input(capsys, inputs, monkeypatch, case):
-    command, says, changes, *limit = case
-    kind, *flags = command.split()
-    script, args = kind.removesuffix("_stats"), [*COMMANDS[kind].split(), *flags]
-    if any(".partial/" in name for name in changes):  # it was killed there
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(extract_latents.ResumableArrays, "write", Mock(side_effect=Killed))
-            cli(capsys, script, *args)
-    for path, content in changes.items():
-        put(Path(path), content)
-    before, (soft, hard) = under_final_names(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (*limit, hard) if limit else (soft, hard))
-    try:
-        status, _, err = cli(capsys, script, *args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert status == 2, err
-    assert (said := message(err)).startswith(f"{script}.py: error: ") and says in said
-    assert under_final_names() == before and not Path("ran").exists()
-    assert not limit or cli(capsys, script, *args)[0] == 0  # once there is room
-
-
-@pytest.mark.parametrize("script, locked", [
-    ("train", "out/run/lock"), ("sample", "out/a.npz.partial/lock"),
-    ("extract_latents", "out/latents.partial/lock")])
-def test_two_commands_never_write_one_output(capsys, inputs, script, locked):
-    """The second is refused while the first lives; when that is gone, however it ended, it runs."""
-    Path(locked).parent.mkdir(parents=True)
-    code = f"import fcntl; file = open({locked!r}, 'w+'); fcntl.lockf(file, fcntl.LOCK_SH); print(1); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-uc", code], **pipes) as other:
-        other.stdout.readline()
-        status, _, err = cli(capsys, script, *COMMANDS[script].split())
-        other.kill()
-    assert status == 2 and "another process is writing out/" in message(err)
-    assert [str(path) for path in Path("out").rglob("*") if path.is_file()] == [locked]
-    assert cli(capsys, script, *COMMANDS[script].split())[0] == 0

@@ -17,7 +17,7 @@ from conftest import Killed, cli, message, process
 from PIL import Image
 
 import sample
-from extract_latents import load_vae
+from extract_latents import content_id, load_vae
 from models import SiT_models
 from sample import guided_velocity, load_model, sample_ode, sample_sde, to_bf16
 
@@ -249,7 +249,8 @@ def test_default_outputs_and_records(capsys, run, tiny, vae, tmp_path):
     """Beside the checkpoint: a grid of 10 classes, evenly spaced, or random ones, the rest of a row black;
     beside each what it was made with, in full; the classes of a grid are named."""
     ckpt, classes = shutil.copy(tiny, tmp_path / "run.pt"), [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
-    record = {"ckpt": str(ckpt), "step": 7, "vae": str(vae), "seed": 0, "classes": classes, "per_class": 8,
+    record = {"ckpt": str(ckpt), "ckpt_content": content_id(ckpt), "step": 7, "vae": str(vae),
+              "vae_content": content_id(vae), "seed": 0, "classes": classes, "per_class": 8,
               "num_samples": None, "class_balanced": False, "mode": "sde", "num_steps": 4, "cfg_scale": 1.0,
               "guidance_interval": [0, 1], "precision": "fp32"}
     for name, flags, changed in (("run.png", (), {}),
@@ -293,12 +294,12 @@ def test_compiled_samples_are_the_same(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name, call, after, size", [
-    ("a.png", "fsync", 7, 2), ("a.npz", "fsync", 8, 5), ("a.npz", "replace", 2, 2)])
+    ("a.png", "fsync", 9, 2), ("a.npz", "fsync", 10, 5), ("a.npz", "replace", 2, 2)])
 def test_killed_it_continues(run, tmp_path, monkeypatch, name, call, after, size):
     """Wherever it dies, the same command draws what is missing and no more, and gives the same bytes; one of
     another batch size may draw more.
 
-    fsync 7 and 8 follow settings.json's, three batches and the fourth's images or the whole fourth;
+    fsync 9 and 10 follow two arrays, settings.json, three batches, and the fourth's images or all of it;
     replace 2 follows the names of settings.json and the record, and would give the result its own.
     """
     out, args = tmp_path / name, ("--classes", 1, 2, "--per-class", 6, "--batch-size")

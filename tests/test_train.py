@@ -259,7 +259,8 @@ def test_checkpoints_and_settings(capsys, whole, data):
         assert set(numbered) == {"ema", "step", "settings"} and numbered["step"] == step
     assert same_tensors(numbered["ema"], state["ema"]) and not same_tensors(state["model"], state["ema"])
     settings = state["settings"]
-    facts = {**json.loads((data / "latents.json").read_text()), "latent_shape": [4, 8, 8], "count": 12}
+    facts = {**json.loads((data / "latents.json").read_text()), "vae_content": None, "count": 12,
+             "latent_shape": [4, 8, 8]}
     assert settings == numbered["settings"] and settings["data"] == facts
     assert json.loads((whole / "settings.json").read_text()) == settings
     fit(capsys, data, whole, *SHARED)  # again: nothing to do
@@ -438,9 +439,9 @@ def test_what_disagrees_with_the_run_and_what_may(capsys, whole, data, tmp_path)
     run = shutil.copytree(whole, tmp_path / "run")
     said = refused(capsys, write_set(tmp_path / "latents", files_sha256="1", scale=1.0), run, *SHARED)
     assert "files_sha256" in said and "scale" in said
-    settings = json.loads((run / "settings.json").read_text())
-    del settings["sra_t_max"]
-    (run / "settings.json").write_text(json.dumps(settings))
+    state = load(run / "state.pt")
+    del state["settings"]["sra_t_max"]
+    torch.save(state, run / "state.pt")
     assert "sra_t_max is 0.2 there and 0.3" in refused(capsys, data, run, *SHARED, "--sra-t-max", 0.3)
     lines, state = fit(capsys, data, run, *SHARED, "--max-steps", STEPS + 1)
     assert lines[-1]["step"] == state["step"] == STEPS + 1
