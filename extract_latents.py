@@ -83,9 +83,9 @@ def load_batch(files, size=None):
 
 
 def files_in(folder, seen):
-    """Sorted paths of all files in a folder, links followed, without hidden ones; seen: folders met before.
+    """Sorted paths of all files in a folder, links followed, but hidden ones; seen: folders met before.
 
-    Raises OSError for a folder that cannot be read, or that a link leads back to.
+    Raises OSError for a folder that cannot be read or is met again.
     """
     folders, files = [str(folder)], []
     for each in folders:  # which grows
@@ -167,10 +167,10 @@ def per_channel(shift, scale, channels):
 
 
 def finite(x, rows):
-    """x (B, …), images or latents of these rows. Raises FloatingPointError if not all of it is finite."""
-    good = x.flatten(1).isfinite().all(1).tolist()
-    if bad := [str(row) for row, is_good in zip(rows, good) if not is_good]:
-        raise FloatingPointError(f"not finite in row(s) {', '.join(bad[:10])}")
+    """x (B, …), of images `rows`. Raises FloatingPointError if not all of it is finite."""
+    bad = [i for i, good in zip(rows, x.flatten(1).isfinite().all(1).tolist()) if not good]
+    if bad:
+        raise FloatingPointError(f"not finite: image(s) {str(bad[:10])[1:-1]}")
     return x
 
 
@@ -439,7 +439,7 @@ def run(main):
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except FloatingPointError as error:
-        fail(f"{error}: are weights damaged, or numbers too large?")
+        fail(f"{error} (damaged weights? too large a number?)")
     except (MemoryError, RuntimeError) as error:
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")
@@ -536,7 +536,7 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def writing(path, mode):
-    """A file to write, which the disk then has. What goes wrong is an OSError that names it."""
+    """A file to write, which is then on the disk. All that goes wrong is an OSError that names it."""
     try:
         with open(path, mode) as file:
             yield file
@@ -569,9 +569,9 @@ def regular(path):
 
 
 def content_id(path):
-    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there is none.
+    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there are none.
 
-    Raises ValueError for a zip (.pt, .pt2, .npz) with a wrong checksum: torch and memory maps do not look.
+    Raises ValueError for a damaged zip (.pt, .pt2, .npz): torch and memory maps ignore its checksums.
     """
     path = Path(path, "diffusion_pytorch_model.safetensors" if Path(path).is_dir() else "")
     if not path.exists():
@@ -607,15 +607,17 @@ def lock(path, output):
 
 
 def check_same_settings(record, settings, there=None):
-    """Fail, naming each setting that differs, if the file `record` of an output has others: `there`, or what
-    it holds as JSON. Those that it does not know are not compared."""
+    """Fail, naming each setting that differs, if `record`, a JSON file of an output, has others (or `there`).
+
+    Those that it does not know are not compared.
+    """
     try:
         there = there or json.loads(regular(record).read_text())
         there = there | (there["data"] if isinstance(there.get("data"), dict) else {})  # of train.py
         if not there.keys() & settings.keys():
-            raise ValueError("no setting is in it")
+            raise ValueError("it has none of the settings")
     except Exception as error:
-        fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
+        fail(f"{record} cannot tell what made its output ({first_line(error)}); give another output")
     there, settings = json.loads(json.dumps([there, settings]))  # tuples are lists there
     differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()
               if key in there and there[key] != value]
@@ -625,10 +627,10 @@ def check_same_settings(record, settings, there=None):
 
 def already_complete(out, record, settings):
     """Whether this command has made `out` before; fails if anything else has."""
-    if out.exists() and not record.exists():
-        fail(f"{out} exists, and has no {record.name}, so this did not make it; give another output")
     if record.exists():
         check_same_settings(record, settings)
+    elif out.exists():
+        fail(f"{out} exists, and no {record.name} says how it was made; give another output")
     if out.exists():
         if Path(f"{out}.partial/lock").exists():  # left by a kill at the very end
             shutil.rmtree(f"{out}.partial", ignore_errors=True)

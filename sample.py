@@ -247,8 +247,9 @@ def class_of(i, num_classes, args):
     """The class of image i."""
     if not args.num_samples:
         return args.classes[i // args.per_class]
-    return i % num_classes if args.class_balanced else int(
-        np.random.default_rng([args.seed, i]).integers(num_classes))
+    if args.class_balanced:
+        return i % num_classes
+    return int(np.random.default_rng([args.seed, i]).integers(num_classes))
 
 
 def parse_args():

@@ -295,12 +295,6 @@ def resume(args, settings, parts):
         fail(f"{path} does not fit this model and these latents: {first_line(error)}")
 
 
-def cut_torn_line(log):
-    """Remove the end of a log that a full disk, or a kill, left without a line's end."""
-    if log.exists():
-        os.truncate(log, regular(log).read_bytes().rfind(b"\n") + 1)
-
-
 def start_wandb(args, settings):
     """The module wandb; the run's folder keeps the W&B run's id for resumes."""
     try:
@@ -490,7 +484,8 @@ def main():
     args = parse_args()
     extras = ["images"] if args.repa_depth else []
     latents = Latents(args.data, extras)
-    facts, run_dir, first = latents.facts, Path(args.run_dir), int(os.environ.get("RANK", 0)) == 0
+    facts, first = latents.facts, int(os.environ.get("RANK", 0)) == 0
+    run_dir, log_path = Path(args.run_dir), Path(args.run_dir, "log.jsonl")
     raw_model, ema, encoder, tuned, settings = build(args, facts)
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -500,7 +495,8 @@ def main():
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
         lock(run_dir / "lock", run_dir)
-        cut_torn_line(run_dir / "log.jsonl")
+        if log_path.exists():  # a full disk may have torn its last line
+            os.truncate(log_path, regular(log_path).read_bytes().rfind(b"\n") + 1)
         write_json(run_dir / "settings.json", settings)
 
     # to the GPU
@@ -549,7 +545,7 @@ def main():
         if log:
             line = log_line(done, history, len(history) * args.batch_size / (time.perf_counter() - clock))
             if rank == 0:
-                with writing(run_dir / "log.jsonl", "a") as file:
+                with writing(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
         if rank == 0 and (numbered or resumable or stop):

@@ -262,7 +262,7 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         "x/y.json": ['{"FID": 3, "samples": "/x.npz", "feature_space": "x"}']}),
     ("fid_stats", "b.npz exists", {"out/b.npz": [copy("samples.npz"), "x", link("nowhere")]}),
     ("fid_stats --save-stats samples.npz", "samples.npz exists", {}),
-    ("sample", "a.npz exists, and has no a.npz.json", {OUT: [copy("samples.npz"), FOLDER]}),
+    ("sample", "a.npz exists, and no a.npz.json", {OUT: [copy("samples.npz"), FOLDER]}),
     ("sample --out a.png", "a.png exists", {"a.png": [picture("PNG")]}),
     ("sample --out vae.npz --ckpt vae.npz", "vae.npz exists", {"vae.npz": [copy("model.pt")]}),
     ("sample", "a.npz.json", {OUT + ".json": ["{}", '{"name": "x"}']}),
@@ -281,18 +281,18 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         without("decoder.conv_out.bias"), without("encoder.mid"), without("quant", "post"),
         renamed("encoder.conv_in.weight", "encoder.conv_in.w")]})
       for command in ("extract_latents", "sample --vae vae")),
-    ("extract_latents", "not finite in row(s) 0, 1, 2", {V: [scaled("quant_conv.weight", 1e6)]}),
-    ("extract_latents", "not finite in row(s) 0", {V: [
+    ("extract_latents", "not finite: image(s) 0, 1, 2", {V: [scaled("quant_conv.weight", 1e6)]}),
+    ("extract_latents", "not finite: image(s) 0", {V: [
         scaled("encoder.conv_in.weight", np.nan), scaled("decoder.conv_out.bias", np.inf)]}),
     ("sample --vae vae", "not finite", {V: [scaled("decoder.conv_in.weight", np.nan)]}),
     ("extract_latents", "scale above 0", {C: [
         *(keys(scaling_factor=scale) for scale in (-1, np.nan, 1e-60, -np.inf)), keys(shift_factor=np.inf),
         keys(scaling_factor=None, shift_factor=None, latents_std=[1, np.inf, 1, 1])]}),
-    ("sample", "not finite in row(s) 0, 1, 2, 3", {"model.pt": [
+    ("sample", "not finite: image(s) 0, 1, 2, 3", {"model.pt": [
         averaged("x_embedder.proj.bias", lambda x: x * np.nan),
         averaged("final_layer.linear.bias", lambda x: x + np.inf),
         averaged("blocks.3.attn.proj.weight", lambda x: x + 1e30)]}),
-    *((f"sample --cfg-scale {scale}", "not finite in row(s)", {}) for scale in ("1e308", "1e37", "3.5e38")),
+    *((f"sample --cfg-scale {scale}", "not finite: image(s)", {}) for scale in ("1e308", "1e37", "3.5e38")),
     ("sample", "scale above 0", {"model.pt": [
         torch_file("model.pt", "settings", "data", **facts) for facts in (
             {"scale": -1.0}, {"scale": [1, 1, 0, 1]}, {"shift": np.nan}, {"scale": np.inf})]}),
