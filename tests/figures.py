@@ -193,8 +193,8 @@ def kept(path):
 
 
 def made_from(samples, checkpoint):
-    """Whether sample.py has drawn them from what the checkpoint holds now."""
-    return samples.exists() and kept(Path(f"{samples}.json")).get("ckpt_content") == content_id(checkpoint)
+    """Whether sample.py has drawn them from what the checkpoint holds now; they may be gone."""
+    return kept(Path(f"{samples}.json")).get("ckpt_content") == content_id(checkpoint)
 
 
 def draw_classes(checkpoint, args):
@@ -202,7 +202,7 @@ def draw_classes(checkpoint, args):
     classes = "-".join(map(str, args.classes))
     folder = f"{args.mode}-{args.num_steps}_cfg-{args.cfg_scale:g}_classes-{classes}"
     path = checkpoint.parent.parent / "figures" / folder / f"{checkpoint.stem}.png"
-    if not made_from(path, checkpoint):
+    if not path.exists() or not made_from(path, checkpoint):
         call("sample.py", "--ckpt", checkpoint, "--classes", *args.classes, "--per-class", 1, "--mode",
              args.mode, "--num-steps", args.num_steps, "--cfg-scale", args.cfg_scale, "--out", path)
     with Image.open(path) as image:

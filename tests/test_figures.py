@@ -1,6 +1,7 @@
 """tests/figures.py: principal components, CKNNA, total variation and speed-up against other definitions; each
 command's numbers and pixels against what the scripts give; nothing done twice; bad input."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -167,19 +168,19 @@ def test_cknna():
 
 
 def in_this_process(called, status=None):
-    """A subprocess.run that runs a script's main here, or only gives a status."""
-    def run(command):
+    """A subprocess.Popen that runs a script's main here, or only gives a status."""
+    @contextlib.contextmanager
+    def popen(command):
         called.append([str(word) for word in command[1:]])
-        if status is None:
-            return SimpleNamespace(returncode=cli(None, Path(command[1]).stem, *command[2:])[0])
-        return SimpleNamespace(returncode=status)
-    return run
+        ended = cli(None, Path(command[1]).stem, *command[2:])[0] if status is None else status
+        yield SimpleNamespace(wait=lambda: ended, terminate=lambda: None)
+    return popen
 
 
 def test_convergence(runs, images, capsys, tmp_path, panel, sheet, monkeypatch):
     """What sample.py and fid.py give, in the table, the plot and the sheet; each is done once."""
     called = []
-    monkeypatch.setattr(figures.subprocess, "run", in_this_process(called))
+    monkeypatch.setattr(figures.subprocess, "Popen", in_this_process(called))
     sampler = ("--mode", "ode", "--num-steps", 2)
     flags = ("--detector", DETECTOR, "--num-samples", 6, *sampler, "--out", tmp_path)
     both = ("convergence", *runs, "--ref", images, *flags)
@@ -220,6 +221,21 @@ def test_convergence(runs, images, capsys, tmp_path, panel, sheet, monkeypatch):
     record.write_text(json.dumps({**json.loads(record.read_text()), "feature_space": "another"}))
     draw(capsys, *again, "--classes", 1)
     assert len(called) == 5 and "another" not in record.read_text() and called[2][-1].endswith(".png")
+    samples.unlink()  # it is large: the metrics are enough
+    for damaged in (record.read_text()[:-9], "[3]", ""):
+        record.write_text(damaged)
+        draw(capsys, *again)
+    assert len(called) == 11 and json.loads(record.read_text())["count"] == 6
+    draw(capsys, *again)
+    assert len(called) == 11
+    checkpoint = runs[0] / "checkpoints" / "0000002.pt"
+    shutil.copy(runs[0] / "checkpoints" / "0000004.pt", checkpoint.with_name("\u00b2\u00b3.pt"))  # a digit, no number
+    draw(capsys, *again)
+    kept = checkpoint.read_bytes()
+    shutil.copy(runs[0] / "checkpoints" / "0000004.pt", checkpoint)  # trained anew, as it were
+    status, _, stderr = cli(capsys, "figures", *again)
+    assert status == 2 and "ckpt_content is" in stderr
+    checkpoint.write_bytes(kept)
 
 
 @pytest.fixture
@@ -266,13 +282,13 @@ def test_a_script_that_fails(runs, images, capsys, tmp_path, panel, monkeypatch)
     called = []
     flags = ("convergence", runs[0], "--ref", images, "--detector", DETECTOR, "--nproc-per-node", 8)
     monkeypatch.setattr(figures, "draw_classes", lambda path, args: [np.zeros((32, 32, 3), np.uint8)])
-    monkeypatch.setattr(figures.subprocess, "run", in_this_process(called, status=3))
+    monkeypatch.setattr(figures.subprocess, "Popen", in_this_process(called, status=3))
     refused(capsys, "cannot be read as images", *flags, "--ref", DETECTOR)
     status, _, stderr = cli(capsys, "figures", *flags)
     assert status == 3 and len(called) == 1 and not stderr
     assert called[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     assert called[0][called[0].index("--num-samples") + 1] == "50000"
-    monkeypatch.setattr(figures.subprocess, "run", in_this_process(called, status=-9))
+    monkeypatch.setattr(figures.subprocess, "Popen", in_this_process(called, status=-9))
     refused(capsys, "sample.py was killed by signal 9", *flags)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(capsys, "pip install matplotlib", *flags)
