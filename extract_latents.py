@@ -83,14 +83,14 @@ def load_batch(files, size=None):
 
 
 def files_in(folder, seen):
-    """Sorted paths of all files in a folder, links followed, but hidden ones; seen: folders met before.
+    """Sorted paths of all files in a folder; follows links, skips hidden names. seen: folders met before.
 
     Raises OSError for a folder that cannot be read or is met again.
     """
     folders, files = [str(folder)], []
     for each in folders:  # which grows
         if (real := os.path.realpath(each)) in seen:
-            raise OSError(errno.ELOOP, "leads to images that are there already", each)
+            raise OSError(errno.ELOOP, "is the same folder as another", each)
         seen.add(real)
         for entry in os.scandir(each):
             if not entry.name.startswith("."):
@@ -102,7 +102,7 @@ def list_images(root):
     """(class names, file paths, label of each file), all in sorted order; hidden files are skipped."""
     classes = sorted(x.name for x in os.scandir(root) if x.is_dir() and not x.name.startswith("."))
     if not classes:
-        fail(f"--images {root} holds no class folders; put the images into one per class, or one in all")
+        fail(f"--images {root} holds no class folders; put the images into one per class, or all into one")
     files, labels, seen = [], [], set()
     for label, name in enumerate(classes):
         found = files_in(Path(root, name), seen)
@@ -439,7 +439,7 @@ def run(main):
     except OSError as error:
         fail(f"{error.filename or 'disk'}: {error.strerror or error}")
     except FloatingPointError as error:
-        fail(f"{error} (damaged weights? too large a number?)")
+        fail(f"{error} (damaged weights? too large a flag?)")
     except (MemoryError, RuntimeError) as error:
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")
@@ -536,7 +536,7 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def writing(path, mode):
-    """A file to write, which is then on the disk. All that goes wrong is an OSError that names it."""
+    """A file, opened to write, then fsynced. Whatever goes wrong is an OSError that names it."""
     try:
         with open(path, mode) as file:
             yield file
@@ -549,7 +549,7 @@ def writing(path, mode):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file to write, which gets its name once the disk has all of it."""
+    """A file to write, under a name of its own until the disk has all of it."""
     part = Path(f"{path}.tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -562,37 +562,41 @@ def atomic_write(path):
 
 
 def regular(path):
-    """The path of a file. Raises OSError for a pipe or a device, whose end may never come."""
+    """The path of a regular file. Raises OSError for others: a pipe may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     return path
 
 
-def content_id(path):
-    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there are none.
-
-    Raises ValueError for a damaged zip (.pt, .pt2, .npz): torch and memory maps ignore its checksums.
+def intact(path):
+    """The path of a regular file. Raises OSError for others, ValueError for a zip (.pt, .pt2, .npz) whose
+    checksums are wrong: torch and memory maps do not look.
     """
+    if zipfile.is_zipfile(regular(path)):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{path} is damaged, in {damaged}")
+    return path
+
+
+def content_id(path):
+    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there are none."""
     path = Path(path, "diffusion_pytorch_model.safetensors" if Path(path).is_dir() else "")
     if not path.exists():
         return None
-    if not zipfile.is_zipfile(regular(path)):
-        return sha256(path)[:16]
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"it is damaged, in {damaged}")
-        return hashlib.sha256(str([part.CRC for part in archive.infolist()]).encode()).hexdigest()[:16]
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    content = hashlib.sha256()
+    if zipfile.is_zipfile(regular(path)):  # it may be large, but has checksums
+        with zipfile.ZipFile(path) as archive:
+            content.update(str([part.CRC for part in archive.infolist()]).encode())
+    else:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def load_tensors(path):
     """A dictionary that torch.save wrote, on the CPU, read from disk when used; no code in it is run."""
-    content_id(path)  # fails if it is damaged
     with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's checkpoints hold
-        return {**torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))}
+        return {**torch.load(intact(path), "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))}
 
 
 def lock(path, output):
@@ -617,12 +621,12 @@ def check_same_settings(record, settings, there=None):
         if not there.keys() & settings.keys():
             raise ValueError("it has none of the settings")
     except Exception as error:
-        fail(f"{record} cannot tell what made its output ({first_line(error)}); give another output")
+        fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
     there, settings = json.loads(json.dumps([there, settings]))  # tuples are lists there
     differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()
               if key in there and there[key] != value]
     if differ:
-        fail(f"{record} has other settings: {'; '.join(differ)} (give another output, or remove it)")
+        fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
 
 
 def already_complete(out, record, settings):

@@ -3,7 +3,7 @@
     python fid.py SAMPLES.npz --ref VIRTUAL_imagenet256_labeled.npz   # or with torchrun
     python fid.py --save-stats ref.npz IMAGES --image-size 256        # make a reference, ADM's reads it too
 
-SAMPLES, IMAGES and --ref are each an .npz (arr_0) or .npy of uint8 images (N, H, W, 3), or a folder of
+SAMPLES, IMAGES and --ref are each an .npz (arr_0) or .npy of uint8 images (N, S, S, 3), or a folder of
 images, read in a fixed shuffled order. Statistics in an .npz (mu, sigma, mu_s, sigma_s) are used in the place
 of its images' own. Only a reference folder is cropped, as ADM crops.
 
@@ -12,6 +12,7 @@ it has them, "spatial" (B, S) and "logits" (B, C). Without logits there is no IS
 """
 
 import errno
+import hashlib
 import os
 import struct
 import zipfile
@@ -29,20 +30,18 @@ from extract_latents import (
     Parser,
     atomic_write,
     check_same_settings,
-    content_id,
     fail,
     files_in,
     first_line,
     init_distributed,
+    intact,
     load_batch,
     load_image,
     load_tensors,
     positive_int,
     read_ahead,
     read_rows,
-    regular,
     run,
-    sha256,
     write_json,
 )
 from models import load_program
@@ -231,8 +230,7 @@ def load_network(args, device):
     path = Path(args.detector or args.weights or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS))
     try:
         if args.detector:
-            content_id(path)  # fails if it is damaged
-            return load_program(path, device), f"detector {sha256(path)[:16]}"
+            return load_program(intact(path), device), f"detector {sha256(path)[:16]}"
         if not args.weights and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)
@@ -244,6 +242,10 @@ def load_network(args, device):
     digest = sha256(path)
     space = ADM_INCEPTION if digest == WEIGHTS_SHA256 else f"Inception with weights {digest[:16]}"
     return network.to(device).eval().requires_grad_(False), space
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Images:
@@ -263,8 +265,7 @@ class Images:
                 self.files = [found[i] for i in order]
                 self.count, self.size = len(found), load_image(self.files[0], crop).shape[:2]
             else:
-                content_id(path) if self.path.suffix == ".npz" else regular(path)  # fail if it is damaged
-                self.array = map_array(self.path)
+                self.array = map_array(intact(self.path))
                 self.count, *self.size, channels = self.array.shape
                 if self.array.dtype != np.uint8 or channels != 3 or not self.array.flags.c_contiguous:
                     raise ValueError(f"{self.array.dtype} {self.array.shape} is not uint8 NHWC in C order")
@@ -274,10 +275,10 @@ class Images:
                         self.stored = {name: archive[name] for name in names if name in archive}
                     check_statistics(self.stored)
             height, width = self.size
-            if (height, width) != 2 * (crop or height,):
+            if height != width or crop and crop != width:
                 raise ValueError(f"its images have {height} x {width} pixels, not {crop or height} squared")
             if self.count < 4:
-                raise ValueError("a third nearest neighbour takes 4")
+                raise ValueError("recall and precision take at least 4 images")
         except Exception as error:  # file, zip, header, pickle and PIL errors have no common class
             fail(f"{path} cannot be read as images: {first_line(error)}")
 
@@ -404,7 +405,7 @@ def use_stored(found, images, space):
                 fail(f"{images.path} holds {name} of another network")
 
 
-def report(args, samples, reference, compared, found, found_ref, space, device):
+def report(args, about, samples, reference, found, found_ref, device):
     """Print the metrics that the features allow, and write them to --json."""
     metrics = {}
     for metric, (mu, sigma) in {"FID": STATISTICS[:2], "sFID": STATISTICS[2:]}.items():
@@ -418,11 +419,11 @@ def report(args, samples, reference, compared, found, found_ref, space, device):
     statistics = "stored statistics" if "mu" in reference.stored else f"statistics of {reference.count:,}"
     print(f"{samples.path} ({samples.count:,} images)")
     print(f"against {reference.path} ({len(features_ref):,} images, {statistics})")
-    print(f"features: {space}{', not ImageNet FID' if args.detector else ''}")
+    print(f"features: {about['feature_space']}{', not ImageNet FID' if args.detector else ''}")
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
     if args.json:
-        write_json(args.json, {**metrics, **compared, "count": samples.count, "feature_space": space})
+        write_json(args.json, {**metrics, **about, "count": samples.count})
 
 
 def parse_args():
@@ -449,14 +450,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    compared = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or "")}
-    if args.json and os.path.lexists(args.json):
-        check_same_settings(Path(args.json), compared)
     samples = Images(args.images, args.image_size if args.save_stats else None)
     sets = [Images(args.ref, args.image_size or samples.size[0]), samples] if args.ref else [samples]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # moves features by 1e-3
     rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     network, space = load_network(args, device)
+    about = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or ""),
+             "feature_space": space}
+    if args.json and os.path.lexists(args.json):
+        check_same_settings(Path(args.json), about)
 
     found = {}
     for images in sets:
@@ -472,7 +474,7 @@ def main():
             np.savez(file, arr_0=drawn, feature_space=space, **statistics)
         print(f"{args.save_stats}: {len(drawn):,} images, statistics of {samples.count:,}, {space}")
     elif rank == 0:
-        report(args, samples, sets[0], compared, found[samples], found[sets[0]], space, device)
+        report(args, about, samples, sets[0], found[samples], found[sets[0]], device)
 
 
 if __name__ == "__main__":

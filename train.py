@@ -36,6 +36,7 @@ from extract_latents import (
     first_line,
     fraction,
     init_distributed,
+    intact,
     load_tensors,
     load_vae,
     lock,
@@ -292,7 +293,7 @@ def resume(args, settings, parts):
             raise ValueError(f"its step is {step}")
         return step
     except Exception as error:  # files can be wrong in many ways
-        fail(f"{path} does not fit this model and these latents: {first_line(error)}")
+        fail(f"{path} cannot be resumed from: {first_line(error)}")
 
 
 def start_wandb(args, settings):
@@ -452,6 +453,8 @@ def build(args, facts):
     try:
         if args.repa_depth:
             settings["repa_content"] = content_id(args.repa_encoder)
+            if args.repa_encoder.endswith(".pt2"):
+                intact(args.repa_encoder)
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
         torch.manual_seed(args.seed)
@@ -490,11 +493,12 @@ def main():
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})
+    if first:
+        lock(run_dir / "lock", run_dir)
     start, vae = resume(args, settings, parts), None
     if first and 0 < args.sample_every <= args.max_steps:
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
-        lock(run_dir / "lock", run_dir)
         if log_path.exists():  # a full disk may have torn its last line
             os.truncate(log_path, regular(log_path).read_bytes().rfind(b"\n") + 1)
         write_json(run_dir / "settings.json", settings)

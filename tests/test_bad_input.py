@@ -303,6 +303,8 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("fid", "damaged", {"samples.npz": list(map(flipped, (0.2, 0.6, 0.99)))}),
     ("fid", "damaged", {"detector.pt2": list(map(flipped, (0.2, 0.6, 0.99)))}),
     ("fid_stats", "damaged", {"samples.npz": [flipped(0.4)]}),
+    ("train --data set --repa-depth 2 --repa-encoder e.pt2", "damaged", {
+        "e.pt2": [then(encoder(2), flipped(share)) for share in (0.1, 0.9)]}),
     # another run's state; a VAE that is not what made the latents
     ("train --max-steps 6", "lr is 0.001 there and 0.0001 here", {STATE: [copy("state.pt")]}),
     (f"train {TRAINED} --seed 3", "seed is 0 there and 3 here", {STATE: [copy("state.pt")]}),
@@ -312,7 +314,7 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     (f"train {TRAINED}", "its step is", {STATE: [torch_file("state.pt", step=x) for x in (-1, 2.5, "3")]}),
     ("train --sample-every 1", "not those that made", {A: [keys(vae_content="0" * 16)]}),
     # images that would not be seen, or for ever
-    *((command, "leads to images that are there already", {path: [link(to)]})
+    *((command, "is the same folder as another", {path: [link(to)]})
       for command in ("extract_latents", "fid --ref images") for path, to in (
           ("images/class0/x", "."), ("images/class1/deep/x", "../../class0"), ("images/class2/up", ".."))),
     *((command, "x", {"images/class1/x": [link("x")], "images/class1/y": [link("../class1/x")]})

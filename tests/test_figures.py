@@ -229,7 +229,7 @@ def test_convergence(runs, images, capsys, tmp_path, panel, sheet, monkeypatch):
     draw(capsys, *again)
     assert len(called) == 11
     checkpoint = runs[0] / "checkpoints" / "0000002.pt"
-    shutil.copy(runs[0] / "checkpoints" / "0000004.pt", checkpoint.with_name("\u00b2\u00b3.pt"))  # a digit, no number
+    shutil.copy(runs[0] / "checkpoints" / "0000004.pt", checkpoint.with_name("\u00b2\u00b3.pt"))
     draw(capsys, *again)
     kept = checkpoint.read_bytes()
     shutil.copy(runs[0] / "checkpoints" / "0000004.pt", checkpoint)  # trained anew, as it were
