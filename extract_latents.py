@@ -569,8 +569,8 @@ def regular(path):
 
 
 def intact(path):
-    """The path of a regular file. Raises OSError for others, ValueError for a zip (.pt, .pt2, .npz) whose
-    checksums are wrong: torch and memory maps do not look.
+    """The path of a regular file. Raises ValueError for a zip (.pt, .pt2, .npz) with a wrong checksum, which
+    torch and memory maps ignore.
     """
     if zipfile.is_zipfile(regular(path)):
         with zipfile.ZipFile(path) as archive:

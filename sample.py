@@ -190,7 +190,7 @@ def load_model(path):
         if settings.get("tune_vae"):
             facts |= {"vae": vae_folder(path), "vae_content": None}
         sparse = any(x.layout != torch.strided for x in own.values())
-        kinds, sides = (type(facts["vae"]), type(checkpoint.get("step", 0))), facts["latent_shape"][1:]
+        kinds, (_, *sides) = (type(facts["vae"]), type(checkpoint.get("step", 0))), facts["latent_shape"]
         if sparse or kinds != (str, int) or sides != [model.input_size] * 2:
             raise ValueError("its weights, its step, its VAE or the shape of its latents cannot be used")
     except Exception as error:  # of many kinds

@@ -493,12 +493,11 @@ def main():
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})
-    if first:
-        lock(run_dir / "lock", run_dir)
     start, vae = resume(args, settings, parts), None
     if first and 0 < args.sample_every <= args.max_steps:
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
+        lock(run_dir / "lock", run_dir)
         if log_path.exists():  # a full disk may have torn its last line
             os.truncate(log_path, regular(log_path).read_bytes().rfind(b"\n") + 1)
         write_json(run_dir / "settings.json", settings)

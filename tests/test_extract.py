@@ -378,7 +378,7 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
                           (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here"),
                           (flags(root, vae, whole)[:-1], "store_images is True there and False here")]:
-        assert f"latents.json has other settings: {says} (" in refused(capsys, command)
+        assert f"latents.json has other settings: {says}" in refused(capsys, command)
     (root / NAMES[4]).rename(root / "class1" / "02.png")
     assert "files_sha256 is" in refused(capsys, flags(root, vae, whole))
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.iterdir()} == before
