@@ -21,6 +21,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -107,7 +108,7 @@ def list_images(root):
     for label, name in enumerate(classes):
         found = files_in(Path(root, name), seen)
         if not found:
-            fail(f"class folder {Path(root, name)} holds no images; remove it or fill it")
+            fail(f"class folder {Path(root, name)} holds no images; fill it, or move it away")
         files += found
         labels += [label] * len(found)
     return classes, files, labels
@@ -200,25 +201,27 @@ def decode(vae, x, shift, scale, rows=range(10**6)):
 class ResumableArrays:
     """Arrays that several processes fill in batches of rows; after a kill, the same command goes on.
 
-    In the folder OUT.partial: NAME.npy, allocated in full; done.npy, 1 for each row that is on disk; and
+    In the folder OUT.partial: NAME.npy, of full size; done.npy, 1 for each row that is on disk; and
     settings.json, what decides the rows. shapes: {name: (shape, dtype)}.
     """
 
     def __init__(self, out, settings, count, shapes, rank=0):
-        self.folder, self.shapes = Path(f"{out}.partial"), {**shapes, "done": ((count,), "uint8")}
+        self.folder, self.shapes = Path(f"{out}.partial"), {"done": ((count,), "uint8"), **shapes}
         record = self.folder / "settings.json"
         if rank == 0:
-            if any(self.folder.glob("*")) and not (self.folder / "lock").exists():
+            names = {path.name for path in self.folder.glob("*")}
+            if "done.npy" not in names and names - {"lock"}:
                 fail(f"{self.folder} is in the way, and not from this command; give another output")
             lock(self.folder / "lock", out)
             if record.exists():
                 check_same_settings(record, settings)
             else:
+                size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes.values())
+                if size > (free := shutil.disk_usage(self.folder).free):
+                    fail(f"{self.folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
                 for name, (shape, dtype) in self.shapes.items():
                     with writing(self.folder / f"{name}.npy", "wb") as file:
-                        array = np.lib.format.open_memmap(file.name, "w+", dtype, shape)
-                        if hasattr(os, "posix_fallocate"):  # not on macOS
-                            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+                        np.lib.format.open_memmap(file.name, "w+", dtype, shape)
                 write_json(record, settings)  # last: the arrays are ready
         barrier()
         try:
@@ -285,6 +288,8 @@ class Latents:
                 torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
+            if not isinstance(about["vae"], str):
+                raise ValueError("vae is no name of one")
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
         except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
@@ -389,7 +394,7 @@ def main():
         dist.all_gather_object(everyones, bad)
     if bad := sum(everyones, []):
         fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
-             f"command again, or remove them and {arrays.folder})")
+             f"command again, or move them away and remove {arrays.folder})")
     if rank > 0:
         return
 
@@ -417,6 +422,7 @@ def fail(message, status=2):
     if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process speaks; torchrun then ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+    message = str(message).replace("\n", "\\n")  # of a file's name
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar
     sys.exit(status)
 
@@ -428,9 +434,8 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     if any(re.fullmatch(r"(--[\w-]+=)?\s*", word) for word in sys.argv[1:]):
         fail("an argument is empty: is a variable of the shell not set?")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):  # torchrun's
-        if not os.environ.get(name, "0").isdecimal():
-            fail(f"the environment has {name}={os.environ[name]}, which is no number")
+    if not all(os.environ.get(name, "1").isdecimal() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        fail("RANK, LOCAL_RANK and WORLD_SIZE must be numbers, as torchrun sets them, or not be set")
     try:
         main()
         if dist.is_initialized():
@@ -444,7 +449,8 @@ def run(main):
         if "by peer" in str(error):
             sys.stderr.write("another process ended or cannot be reached\n")
             os._exit(2)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "t allocate" not in str(error):
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and not re.search("t allocate|overflow", str(error)):
             raise
         fail(f"{first_line(error)} (lower --batch-size, or in training --micro-batch)")
     except KeyboardInterrupt:
@@ -515,8 +521,8 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
         return 0, 1, device
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    except ValueError as error:
-        fail(first_line(error))  # a variable that torchrun sets is missing
+    except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken
+        fail(f"the processes cannot meet: {first_line(error)}")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store remembers what was before
     backend = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
     dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size,
@@ -573,24 +579,28 @@ def intact(path):
     torch and memory maps ignore.
     """
     if zipfile.is_zipfile(regular(path)):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{path} is damaged, in {damaged}")
+        try:
+            damaged = zipfile.ZipFile(path).testzip()
+        except Exception as error:  # of many kinds
+            damaged = first_line(error)
+        if damaged:
+            raise ValueError(f"{path} is damaged: {damaged}")
     return path
 
 
 def content_id(path):
-    """16 hex digits for what a file holds, or the weights in a VAE's folder; None if there are none."""
-    path = Path(path, "diffusion_pytorch_model.safetensors" if Path(path).is_dir() else "")
-    if not path.exists():
+    """16 hex digits for what a file holds, or a VAE's folder; None if there is neither, as on a hub."""
+    path = Path(path)
+    if path.is_dir():
+        files = (path / "config.json", path / "diffusion_pytorch_model.safetensors")
+        content = b"".join(regular(file).read_bytes() for file in files if file.exists())
+    elif not path.exists():
         return None
-    content = hashlib.sha256()
-    if zipfile.is_zipfile(regular(path)):  # it may be large, but has checksums
-        with zipfile.ZipFile(path) as archive:
-            content.update(str([part.CRC for part in archive.infolist()]).encode())
+    elif zipfile.is_zipfile(regular(path)):  # it may be large, but has checksums
+        content = str([part.CRC for part in zipfile.ZipFile(path).infolist()]).encode()
     else:
-        content.update(path.read_bytes())
-    return content.hexdigest()[:16]
+        content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_tensors(path):
@@ -613,30 +623,30 @@ def lock(path, output):
 def check_same_settings(record, settings, there=None):
     """Fail, naming each setting that differs, if `record`, a JSON file of an output, has others (or `there`).
 
-    Those that it does not know are not compared.
+    What `there` does not know is not compared, nor are paths of which the content is.
     """
     try:
-        there = there or json.loads(regular(record).read_text())
-        there = there | (there["data"] if isinstance(there.get("data"), dict) else {})  # of train.py
-        if not there.keys() & settings.keys():
-            raise ValueError("it has none of the settings")
+        known = there or json.loads(regular(record).read_text())
+        known = known | (known["data"] if isinstance(known.get("data"), dict) else {})  # of train.py
+        if missing := not there and settings.keys() - known.keys():
+            raise ValueError(f"it has no {min(missing)}")
     except Exception as error:
         fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
-    there, settings = json.loads(json.dumps([there, settings]))  # tuples are lists there
-    differ = [f"{key} is {there[key]!r} there and {value!r} here" for key, value in settings.items()
-              if key in there and there[key] != value]
+    known, settings = json.loads(json.dumps([known, settings]))  # tuples are lists there
+    differ = [f"{key} is {known[key]!r} there and {value!r} here" for key, value in settings.items()
+              if key in known and known[key] != value and not settings.get(f"{key}_content")]
     if differ:
         fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
 
 
 def already_complete(out, record, settings):
     """Whether this command has made `out` before; fails if anything else has."""
-    if record.exists():
+    if os.path.lexists(record):
         check_same_settings(record, settings)
-    elif out.exists():
+    elif os.path.lexists(out):
         fail(f"{out} exists, and no {record.name} says how it was made; give another output")
     if out.exists():
-        if Path(f"{out}.partial/lock").exists():  # left by a kill at the very end
+        if Path(f"{out}.partial/done.npy").exists():  # left by a kill at the very end
             shutil.rmtree(f"{out}.partial", ignore_errors=True)
         print(f"{out} is complete already")
     return out.exists()

@@ -302,11 +302,13 @@ class Images:
 def check_statistics(stored):
     """Raise ValueError if, of an .npz's arrays by name, the statistics are not what ADM stores."""
     for names in (STATISTICS, STATISTICS[2:]):
-        if stored.keys() & names:
-            mu, sigma = (stored.get(name, np.zeros(())) for name in names[:2])
-            if mu.dtype.kind + sigma.dtype.kind != "ff" or sigma.shape != 2 * mu.shape or mu.ndim != 1 or (
-                    not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T)):
-                raise ValueError(f"its {names[0]} and {names[1]} are no finite mean and covariance")
+        if not stored.keys() & names:
+            continue
+        mu, sigma = (stored.get(name, np.zeros(())) for name in names[:2])
+        if mu.dtype.kind + sigma.dtype.kind != "ff" or mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (
+                max(abs(mu).max(), abs(sigma).max()) < 1e30 and sigma.diagonal().min() >= 0
+                and np.allclose(sigma, sigma.T)):
+            raise ValueError(f"its {names[0]} and {names[1]} are no finite mean and covariance")
 
 
 def map_array(path):
@@ -416,14 +418,14 @@ def report(args, about, samples, reference, found, found_ref, device):
     features, features_ref = (torch.from_numpy(x["features"]).to(device) for x in (found, found_ref))
     metrics["Precision"], metrics["Recall"] = precision_recall(features_ref, features)
 
+    if args.json:
+        write_json(args.json, {**metrics, **about, "count": samples.count})
     statistics = "stored statistics" if "mu" in reference.stored else f"statistics of {reference.count:,}"
     print(f"{samples.path} ({samples.count:,} images)")
     print(f"against {reference.path} ({len(features_ref):,} images, {statistics})")
     print(f"features: {about['feature_space']}{', not ImageNet FID' if args.detector else ''}")
     for metric, value in metrics.items():
         print(f"  {metric:<10} {value:.4f}")
-    if args.json:
-        write_json(args.json, {**metrics, **about, "count": samples.count})
 
 
 def parse_args():

@@ -192,7 +192,7 @@ def load_model(path):
         sparse = any(x.layout != torch.strided for x in own.values())
         kinds, (_, *sides) = (type(facts["vae"]), type(checkpoint.get("step", 0))), facts["latent_shape"]
         if sparse or kinds != (str, int) or sides != [model.input_size] * 2:
-            raise ValueError("its weights, its step, its VAE or the shape of its latents cannot be used")
+            raise ValueError("weights, step, VAE or the shape of latents cannot be used")
     except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
     return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}
@@ -331,7 +331,7 @@ def main():
     if rank == 0:
         write_json(record, settings)  # first, so that a file at `out` always has its record
         images = arrays.load("images")
-        if out.suffix == ".npz":
+        if out.name.endswith(".npz"):
             with atomic_write(out) as file:
                 np.savez(file, arr_0=images)
         else:

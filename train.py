@@ -240,11 +240,13 @@ def vae_step(tuned, model, batch, args):
 # ---- Logs and checkpoints
 
 
-def check_finite(done, history):
-    """Stop, on all processes, at a gradient norm in history that is not finite."""
+def check_finite(done, history, model):
+    """Stop, on all processes, at a gradient norm in history, or a weight, that is not finite."""
     for step, scalars in enumerate(history, start=done - len(history) + 1):
         if not all(scalars[name].isfinite() for name in scalars if name.endswith("grad_norm")):
             fail(f"the loss or its gradient is not finite at step {step}: is --lr too high, a latent bad?")
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        fail(f"weights are not finite after step {done}: is --lr too high?")
 
 
 def log_line(done, history, images_per_s):
@@ -281,8 +283,9 @@ def resume(args, settings, parts):
     if not path.exists():
         if record.exists():
             check_same_settings(record, settings)
-        elif any((run_dir / name).exists() for name in ("log.jsonl", "checkpoints")):
-            fail(f"{run_dir} has no settings.json, but log.jsonl or checkpoints; give another --run-dir")
+        others = [name for name in ("log.jsonl", "checkpoints", "samples") if (run_dir / name).exists()]
+        if others and not record.exists() or len([*run_dir.glob("checkpoints/*.pt")]) > 1:
+            fail(f"{run_dir} has {others[0]}, but no state.pt to go on from; give another --run-dir")
         return 0
     try:
         state = load_tensors(path)
@@ -452,7 +455,7 @@ def build(args, facts):
     encoder, tuned, settings = None, torch.nn.ModuleDict(), {**vars(args), "data": facts}
     try:
         if args.repa_depth:
-            settings["repa_content"] = content_id(args.repa_encoder)
+            settings["repa_encoder_content"] = content_id(args.repa_encoder)
             if args.repa_encoder.endswith(".pt2"):
                 intact(args.repa_encoder)
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
@@ -544,7 +547,7 @@ def main():
             args.log_every, args.ckpt_every, args.state_every, args.sample_every))
         numbered = numbered or done == args.max_steps
         if log or numbered or resumable or draw or stop:
-            check_finite(done, history)  # waits for the GPU
+            check_finite(done, history, raw_model)  # waits for the GPU
         if log:
             line = log_line(done, history, len(history) * args.batch_size / (time.perf_counter() - clock))
             if rank == 0:

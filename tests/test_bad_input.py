@@ -209,7 +209,7 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("train", "cannot be used", {A: [
         FOLDER, "[" * 100_000, '{"vae": "x", "shift": 0, "num_classes": 3}', keys(num_classes=3.0),
         keys(num_classes=2), keys(shift=float("nan")), keys(scale=0), keys(scale=[1, 2, 3])]}),
-    ("train --sample-every 1", "the VAE [3]", {A: [keys(vae=[3])]}),
+    ("train --vae-repa-weight 0", "cannot be used", {A: [keys(vae=[3]), keys(vae=None)]}),
     ("train", "run", {"out/run": ["x"]}),
     ("train", "checkpoints", {"out/run/checkpoints": ["x"]}),
     ("train", "log.jsonl", {"out/run/log.jsonl": [FOLDER]}),
@@ -259,23 +259,32 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     ("fid --json detector.pt2", "detector.pt2", {}),
     ("fid --json a.json", "a.json", {"a.json": ['{"FID": 3}', "[3]", "x", link("images")]}),
     ("fid --json x/y.json", "y.json has other settings: samples is", {
-        "x/y.json": ['{"FID": 3, "samples": "/x.npz", "feature_space": "x"}']}),
+        "x/y.json": ['{"FID": 3, "samples": "/x.npz", "reference": "/y.npz", "feature_space": "x"}']}),
     ("fid_stats", "b.npz exists", {"out/b.npz": [copy("samples.npz"), "x", link("nowhere")]}),
     ("fid_stats --save-stats samples.npz", "samples.npz exists", {}),
     ("sample", "a.npz exists, and no a.npz.json", {OUT: [copy("samples.npz"), FOLDER]}),
     ("sample --out a.png", "a.png exists", {"a.png": [picture("PNG")]}),
     ("sample --out vae.npz --ckpt vae.npz", "vae.npz exists", {"vae.npz": [copy("model.pt")]}),
-    ("sample", "a.npz.json", {OUT + ".json": ["{}", '{"name": "x"}']}),
-    ("sample", "a.npz.partial is in the way", {OUT + ".partial/images.npy": ["x"]}),
+    ("sample", "a.npz.json", {OUT + ".json": ["{}", '{"seed": 0, "name": "x"}', link("nowhere")]}),
+    ("sample", "a.npz", {OUT: [link("nowhere")]}),
+    ("sample", "a.npz.json", {OUT: ["mine"], OUT + ".json": ['{"seed": 0}']}),
+    ("sample", "a.npz.partial is in the way", {
+        OUT + ".partial/images.npy": ["x"], OUT + ".partial/lock": ["x"]}),
+    ("extract_latents", "latents.json", {"out/latents/latents.json": [
+        '{"vae": "vae", "shift": 0, "scale": 0.18215, "num_classes": 3}']}),
     ("extract_latents --out images", "images exists", {}),
     ("extract_latents --out images/class1", "images/class1 exists", {}),
     ("extract_latents --out vae", "vae exists", {}),
     ("extract_latents", "latents.partial is in the way", {X + "notes.txt": ["x"], X + "labels.npy": ["x"]}),
-    ("train", "out/run has no settings.json", {"out/run/log.jsonl": ["{}"]}),
-    ("train", "out/run has no settings.json", {"out/run/checkpoints/0000003.pt": ["x", copy("model.pt")]}),
-    ("train", "settings.json", {"out/run/settings.json": ["{}", '{"editor.fontSize": 3}']}),
-    ("train", "log.jsonl", {
-        "out/run/settings.json": ['{"lr": 1e-4}'], "out/run/log.jsonl": [fifo, FOLDER]}),
+    ("train", "out/run has log.jsonl, but no state.pt", {"out/run/log.jsonl": ["{}"]}),
+    ("train", "out/run has checkpoints, but no state.pt", {
+        "out/run/checkpoints/0000003.pt": ["x", copy("model.pt")]}),
+    ("train", "settings.json", {"out/run/settings.json": ["{}", '{"seed": 0, "editor.fontSize": 3}']}),
+    ("train --sample-every 3", "out/run has samples", {"out/run/samples/0000003.png": [picture("PNG")]}),
+    (f"train {TRAINED}", "no state.pt", {**{f"out/run/checkpoints/000000{i}.pt": [copy("model.pt")] for i in (3, 6)},
+                              "out/run/settings.json": [copy("settings.json")]}),
+    (f"train {TRAINED}", "log.jsonl", {
+        "out/run/settings.json": [copy("settings.json")], "out/run/log.jsonl": [fifo, FOLDER]}),
     # a VAE without all of its weights, or that gives what is no number
     *((command, "lacks", {V: [
         without("decoder.conv_out.bias"), without("encoder.mid"), without("quant", "post"),
@@ -342,6 +351,8 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         archive(sigma=np.eye(96)), archive(mu=np.zeros(96)), archive(mu=np.zeros(96), sigma=np.ones(96)),
         archive(mu=np.zeros(96), sigma=np.tri(96)), archive(mu=np.zeros(96), sigma=np.eye(96) * 1j),
         archive(mu=np.full(96, np.nan), sigma=np.eye(96)), archive(mu=np.array(["x"] * 96), sigma=np.eye(96)),
+        archive(mu=np.full(96, 1e200), sigma=np.eye(96)), archive(mu=np.zeros(96), sigma=-np.eye(96)),
+        archive(mu=np.zeros(96), sigma=np.full((96, 96), np.inf)),
         archive(mu_s=np.zeros(4), sigma_s=np.eye(4))]}),
     ("fid --ref x.npz", "mu_s and sigma_s are no", {REF: [
         archive(mu=np.zeros(96), sigma=np.eye(96), **more) for more in (
@@ -353,13 +364,16 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     *(("killed sample", "is damaged", {f"{OUT}.partial/{name}.npy": [array(np.int8), array(lambda x: x[1:])]})
       for name in ("images", "done")),
     # more than there is
-    ("sample --num-samples 1000000000000", "images.npy: cannot be written", {}),
-    ("sample_grid --per-class 1000000000000", "images.npy: cannot be written", {}),
+    ("sample --num-samples 1000000000000", "a.npz.partial would take", {}),
+    ("sample_grid --per-class 1000000000000", "a.npz.partial would take", {}),
     *((f"train --batch-size {size} --micro-batch 1", "allocate", {}) for size in (10**11, 4 * 10**11)),
     ("extract_latents --image-size 1000000", "--image-size 1000000", {}),
     *((command, "invalid", {}) for command in (
         f"sample --num-samples {10**18}", f"train --max-steps {10**30}", f"train --seed {2**64}",
         f"fid --batch-size {2**70}")),
+    ("train", "overflow", {A: [keys(num_classes=2**61)]}),
+    ("train --lr inf --max-steps 1", "not finite after step 1", {}),
+    ("train --lr 1e38", "not finite", {}),
     # encoders and decoders of other sizes
     ("train --data set --repa-depth 2 --repa-encoder e.pt2", "e.pt2", {
         "e.pt2": [*map(encoder, (1, 2, 3)), fifo]}),
@@ -367,8 +381,9 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         array(lambda x: np.repeat(x, 2, 1)), array(lambda x: x[:, :6]), array(lambda x: x[:, :2])]}),
     # torchrun's variables
     *((f"{variables} {command}", says, {}) for command in ("sample", "train", "fid", "extract_latents")
-      for variables, says in {"RANK=x": "RANK=x", "LOCAL_RANK=-1": "LOCAL_RANK=-1", "RANK=0": "WORLD_SIZE",
-                              "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=x": "=x"}.items()),
+      for variables, says in {"RANK=x": "RANK", "LOCAL_RANK=-1": "LOCAL_RANK", "RANK=0": "WORLD_SIZE",
+                              "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=x": "'x'",
+                              "RANK=0 WORLD_SIZE=1 MASTER_ADDR=x MASTER_PORT=-1": "meet"}.items()),
     # crafted checkpoints
     ("sample", "model.pt", {"model.pt": [
         *(torch_file("model.pt", step=step) for step in ("3", torch.ones(2), 1.5)),
@@ -394,6 +409,7 @@ def inputs(latents, images, vae, checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, path in {"latents": latents, "set": data, "images": images, "vae": vae, "model.pt": checkpoint,
                        "state.pt": checkpoint.parents[1] / "state.pt",
+                       "settings.json": checkpoint.parents[1] / "settings.json",
                        "detector.pt2": ROOT / "tests/data/detector.pt2"}.items():
         Path(name).symlink_to(path)
     Path("out").mkdir()
@@ -519,6 +535,9 @@ def test_a_checkpoint_that_was_trained_anew(capsys, inputs):
     assert Path(OUT).read_bytes() == before
     assert command(capsys, "sample --out b.npz")[0] == 0
     assert Path("b.npz").read_bytes() != before
+    Path("elsewhere").mkdir()
+    Path("model.pt").rename("elsewhere/m.pt")  # the same, moved
+    assert "complete already" in command(capsys, "sample --out b.npz --ckpt elsewhere/m.pt")[1]
 
 
 @pytest.mark.parametrize("script", ["sample --vae vae", "extract_latents"])
@@ -550,14 +569,18 @@ def test_latents_know_their_vae(capsys, inputs, monkeypatch):
     assert command(capsys, sampled, "--vae", "vae")[0] == 0
 
 
+def test_an_npz_without_a_name(capsys, inputs):
+    assert command(capsys, "sample --out .npz")[0] == 0 and len(np.load(".npz")["arr_0"]) == 4
+
+
 def test_an_encoder_that_was_replaced(capsys, inputs):
     flags = ("--data", "set", "--repa-depth", 2, "--repa-encoder", "e.pt2")
     repa_e.export(Tokens(), "e.pt2", 32)
     assert command(capsys, "train", *flags)[0] == 0
-    assert command(capsys, "train --max-steps 4", *flags)[0] == 0
+    assert command(capsys, "train --max-steps 4", *flags[:-1], "./e.pt2")[0] == 0  # the same
     repa_e.export(Tokens(scale=2), "e.pt2", 32)
     status, _, said = command(capsys, "train --max-steps 5", *flags)
-    assert status == 2 and "has other settings: repa_content is" in said
+    assert status == 2 and "has other settings: repa_encoder_content is" in said
 
 
 def test_a_run_without_its_settings_file(capsys, inputs):

@@ -305,7 +305,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize("error, owner, name, nth, rows_left", [
     *((Killed(), os, "fsync", nth, left) for nth, left in [(4, 13), (7, 11), (24, 1), (26, 0)]),
     *((FULL, os, "fsync", nth, left) for nth, left in [(4, 13), (6, 13), (27, 0)]),
-    (FULL, os, "posix_fallocate", 2, 13), (Killed(), os, "replace", 4, 0), (Killed(), os, "unlink", 2, 0),
+    (FULL, shutil, "disk_usage", 1, 13), (Killed(), os, "replace", 4, 0), (Killed(), os, "unlink", 2, 0),
     (KeyboardInterrupt(), os, "fsync", 8, 11),
     (OSError("no answer"), extract_latents, "load_image", 4, 2)])  # by the end, it can be read
 def test_stopped_anywhere_it_goes_on(
