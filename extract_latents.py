@@ -634,7 +634,7 @@ def check_same_settings(record, settings, there=None):
         fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
     known, settings = json.loads(json.dumps([known, settings]))  # tuples are lists there
     differ = [f"{key} is {known[key]!r} there and {value!r} here" for key, value in settings.items()
-              if key in known and known[key] != value and not settings.get(f"{key}_content")]
+              if key in known and known[key] != value and not known.get(f"{key}_content")]
     if differ:
         fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
 

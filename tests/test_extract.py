@@ -27,7 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from extract_latents import Latents, ResumableArrays, decode, encode, load_image, load_vae
+from extract_latents import Latents, ResumableArrays, content_id, decode, encode, load_image, load_vae
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
@@ -145,7 +145,8 @@ def test_the_set_on_disk(whole, pictures, vae):
     about = json.loads((whole / "latents.json").read_text())
     assert about.pop("files_sha256") == hashlib.sha256(os.fsencode("\n".join(NAMES))).hexdigest()
     assert about == {
-        "vae": str(vae), "vae_content": hashlib.sha256((vae / WEIGHTS).read_bytes()).hexdigest()[:16],
+        "vae": str(vae), "vae_content": hashlib.sha256(
+            (vae / "config.json").read_bytes() + (vae / WEIGHTS).read_bytes()).hexdigest()[:16],
         "image_size": 32, "store_images": True, "reconstruct": False, "shift": 0.25,
         "scale": 0.5, "num_classes": 3, "class_names": ["class0", "class1", "class2"]}
 
@@ -372,11 +373,11 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.iterdir()}
     monkeypatch.setattr(extract_latents, "load_vae", None)  # not even loaded
     partial(whole).mkdir()
-    (partial(whole) / "lock").touch()  # as a kill may leave it
+    (partial(whole) / "done.npy").touch()  # as a kill may leave it
     monkeypatch.chdir(vae.parent)
     assert "complete already" in extract(capsys, flags(root, vae.name, whole)) and not partial(whole).exists()
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
-                          (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here"),
+                          (flags(root, "x", whole), f"vae_content is {content_id(vae)!r} there and None here"),
                           (flags(root, vae, whole)[:-1], "store_images is True there and False here")]:
         assert f"latents.json has other settings: {says}" in refused(capsys, command)
     (root / NAMES[4]).rename(root / "class1" / "02.png")
