@@ -456,6 +456,10 @@ def final(path):
 
 
 def too_long(*_):
+    """Wake up who waits for a pipe, a thread perhaps, and fail."""
+    for path in Path().rglob("*"):
+        if path.is_fifo():
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
     raise Killed("it hangs")
 
 
