@@ -372,6 +372,7 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
     *((command, "invalid", {}) for command in (
         f"sample --num-samples {10**18}", f"train --max-steps {10**30}", f"train --seed {2**64}",
         f"fid --batch-size {2**70}")),
+    ("train", "allocate", {A: [keys(num_classes=2**40)]}),
     ("train", "overflow", {A: [keys(num_classes=2**61)]}),
     ("train --lr inf --max-steps 1", "not finite after step 1", {}),
     ("train --lr 1e38", "not finite", {}),
@@ -382,7 +383,8 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         array(lambda x: np.repeat(x, 2, 1)), array(lambda x: x[:, :6]), array(lambda x: x[:, :2])]}),
     # torchrun's variables
     *((f"{variables} {command}", says, {}) for command in ("sample", "train", "fid", "extract_latents")
-      for variables, says in {"RANK=x": "RANK", "WORLD_SIZE=2.5": "WORLD_SIZE", "RANK=0": "WORLD_SIZE",
+      for variables, says in {"RANK=x": "RANK", "LOCAL_RANK=-1": "LOCAL_RANK", "WORLD_SIZE=2.5": "WORLD_SIZE",
+                              "RANK=0": "WORLD_SIZE",
                               "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=x": "'x'",
                               "RANK=0 WORLD_SIZE=1 MASTER_ADDR=x MASTER_PORT=-1": "meet"}.items()),
     # crafted checkpoints
@@ -470,6 +472,7 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
     words = words[kill:]
     while "=" in words[0]:
         monkeypatch.setenv(*words.pop(0).split("="))
+        monkeypatch.setattr(extract_latents.time, "sleep", Mock())  # a process but the first waits to speak
     kind, *flags = words
     script, args = script_of(kind), [*COMMANDS[kind].split(), *flags]
     if kill:
