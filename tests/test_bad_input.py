@@ -383,7 +383,7 @@ BAD = [  # command and flags, what the sentence says, {file: what is put there, 
         array(lambda x: np.repeat(x, 2, 1)), array(lambda x: x[:, :6]), array(lambda x: x[:, :2])]}),
     # torchrun's variables
     *((f"{variables} {command}", says, {}) for command in ("sample", "train", "fid", "extract_latents")
-      for variables, says in {"RANK=x": "RANK", "LOCAL_RANK=-1": "LOCAL_RANK", "WORLD_SIZE=2.5": "WORLD_SIZE",
+      for variables, says in {"RANK=x": "RANK", "LOCAL_RANK=x": "LOCAL_RANK", "WORLD_SIZE=2.5": "WORLD_SIZE",
                               "RANK=0": "WORLD_SIZE",
                               "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=x": "'x'",
                               "RANK=0 WORLD_SIZE=1 MASTER_ADDR=x MASTER_PORT=-1": "meet"}.items()),
