@@ -623,7 +623,7 @@ def lock(path, output):
 def check_same_settings(record, settings, there=None):
     """Fail, naming each setting that differs, if `record`, a JSON file of an output, has others (or `there`).
 
-    What `there` does not know is not compared, nor are paths of which the content is.
+    What `there` does not know is not compared, nor are the paths of equal contents.
     """
     try:
         known = there or json.loads(regular(record).read_text())
@@ -633,8 +633,10 @@ def check_same_settings(record, settings, there=None):
     except Exception as error:
         fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
     known, settings = json.loads(json.dumps([known, settings]))  # tuples are lists there
+    same = {key.removesuffix("_content") for key, value in settings.items()
+            if key.endswith("_content") and value and value == known.get(key)}
     differ = [f"{key} is {known[key]!r} there and {value!r} here" for key, value in settings.items()
-              if key in known and known[key] != value and not known.get(f"{key}_content")]
+              if key in known and known[key] != value and key not in same]
     if differ:
         fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
 

@@ -27,7 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from extract_latents import Latents, ResumableArrays, content_id, decode, encode, load_image, load_vae
+from extract_latents import Latents, ResumableArrays, decode, encode, load_image, load_vae
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
@@ -377,7 +377,7 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     monkeypatch.chdir(vae.parent)
     assert "complete already" in extract(capsys, flags(root, vae.name, whole)) and not partial(whole).exists()
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
-                          (flags(root, "x", whole), f"vae_content is {content_id(vae)!r} there"),
+                          (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here"),
                           (flags(root, vae, whole)[:-1], "store_images is True there and False here")]:
         assert f"latents.json has other settings: {says}" in refused(capsys, command)
     (root / NAMES[4]).rename(root / "class1" / "02.png")
