@@ -187,7 +187,10 @@ def encode(vae, images):
 
 @torch.no_grad()
 def decode(vae, x, shift, scale, rows=range(10**6)):
-    """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded."""
+    """Latents x (B, C, H, W) -> uint8 images (B, S, S, 3): z = x / scale + shift, decoded, rounded.
+
+    rows: the images' numbers, for the error of `finite`.
+    """
     shift, scale = (torch.from_numpy(a).to(x.device) for a in per_channel(shift, scale, x.shape[1]))
     z = x.float() / scale + shift
     images = torch.cat([vae.decode(part).sample.float() for part in z.split(16)])  # in parts: it takes memory
