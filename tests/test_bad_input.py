@@ -563,7 +563,7 @@ def test_a_vae_that_was_replaced(capsys, inputs, monkeypatch, script):
 
 def test_latents_know_their_vae(capsys, inputs, monkeypatch):
     """Samples and grids are decoded by the VAE that made the latents, or by one that is asked for."""
-    put(Path(V), Path(V).read_bytes())
+    put(Path(V), kept := Path(V).read_bytes())
     assert command(capsys, "extract_latents")[0] == 0
     trained = ("--data", "out/latents", "--run-dir", "r", "--sample-every", 3)
     assert command(capsys, "train", *trained)[0] == 0
@@ -573,6 +573,10 @@ def test_latents_know_their_vae(capsys, inputs, monkeypatch):
         status, _, said = command(capsys, words)
         assert status == 2 and "not those that made the latents" in said
     assert command(capsys, sampled, "--vae", "vae")[0] == 0
+    put(Path(V), kept)
+    Path("vae").rename("moved")  # the same, elsewhere
+    keys(vae="moved")(Path("out/latents/latents.json"))
+    assert command(capsys, "train --max-steps 6", *trained)[0] == 0
 
 
 def test_an_npz_without_a_name(capsys, inputs):
