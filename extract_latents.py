@@ -292,7 +292,7 @@ class Latents:
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
             if not isinstance(about["vae"], str):
-                raise ValueError("vae is no name of one")
+                raise ValueError("vae must be a name or a folder")
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
         except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
@@ -553,7 +553,7 @@ def writing(path, mode):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
         message = f"cannot be written, is the disk full? ({first_line(error)})"
-        raise OSError(errno.EIO, message, str(path).removesuffix(".tmp")) from error
+        raise OSError(errno.EIO, message, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -565,8 +565,9 @@ def atomic_write(path):
         with writing(part, "wb") as file:
             yield file
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         part.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
 
 

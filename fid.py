@@ -305,9 +305,9 @@ def check_statistics(stored):
         if not stored.keys() & names:
             continue
         mu, sigma = (stored.get(name, np.zeros(())) for name in names[:2])
-        if mu.dtype.kind + sigma.dtype.kind != "ff" or mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (
-                max(abs(mu).max(), abs(sigma).max()) < 1e30 and sigma.diagonal().min() >= 0
-                and np.allclose(sigma, sigma.T)):
+        shapes_fit = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == 2 * mu.shape
+        if not shapes_fit or not (abs(mu).max() < 1e30 and abs(sigma).max() < 1e30  # NaN is not
+                                  and sigma.diagonal().min() >= 0 and np.allclose(sigma, sigma.T)):
             raise ValueError(f"its {names[0]} and {names[1]} are no finite mean and covariance")
 
 

@@ -189,10 +189,11 @@ def load_model(path):
         facts = facts_of(settings["data"], weights)
         if settings.get("tune_vae"):
             facts |= {"vae": vae_folder(path), "vae_content": None}
-        sparse = any(x.layout != torch.strided for x in own.values())
-        kinds, (_, *sides) = (type(facts["vae"]), type(checkpoint.get("step", 0))), facts["latent_shape"]
-        if sparse or kinds != (str, int) or sides != [model.input_size] * 2:
-            raise ValueError("weights, step, VAE or the shape of latents cannot be used")
+        _, *sides = facts["latent_shape"]
+        if sides != [model.input_size] * 2 or type(facts["vae"]) is not str:
+            raise ValueError(f"its latents are no square, or its VAE no name: {sides}, {facts['vae']}")
+        if type(checkpoint.get("step", 0)) is not int or any(x.layout != torch.strided for x in own.values()):
+            raise ValueError("its step is no integer, or a weight is sparse")
     except Exception as error:  # of many kinds
         fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
     return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}

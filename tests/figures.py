@@ -38,6 +38,7 @@ from extract_latents import (  # noqa: E402
     first_line,
     fraction,
     init_distributed,
+    intact,
     load_vae,
     positive_int,
     run,
@@ -405,7 +406,7 @@ def load_target(args, latents, device):
     """What --target names: REPA's encoder or a detector, or None for latents."""
     try:
         if args.target.endswith(".pt2"):
-            return load_program(args.target, device)
+            return load_program(intact(args.target), device)
         if args.target != "latents":
             return load_encoder(args.target, latents.facts["image_size"]).to(device)
     except Exception as error:  # of many kinds

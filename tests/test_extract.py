@@ -27,7 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import extract_latents
-from extract_latents import Latents, ResumableArrays, decode, encode, load_image, load_vae
+from extract_latents import Latents, ResumableArrays, content_id, decode, encode, load_image, load_vae
 
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")  # sets are compared byte by byte
 
@@ -377,9 +377,10 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     monkeypatch.chdir(vae.parent)
     assert "complete already" in extract(capsys, flags(root, vae.name, whole)) and not partial(whole).exists()
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
-                          (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here"),
+                          (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here; "
+                           f"vae_content is {content_id(vae)!r} there and None here"),
                           (flags(root, vae, whole)[:-1], "store_images is True there and False here")]:
-        assert f"latents.json has other settings: {says}" in refused(capsys, command)
+        assert f"latents.json has other settings: {says} (" in refused(capsys, command)
     (root / NAMES[4]).rename(root / "class1" / "02.png")
     assert "files_sha256 is" in refused(capsys, flags(root, vae, whole))
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.iterdir()} == before
@@ -407,8 +408,10 @@ def test_impossible_folders_and_flags(capsys, images, vae, tmp_path, monkeypatch
     (hollow / "cat" / ".x").mkdir(parents=True)
     for path in (file, hollow / "0.png", hollow / "cat" / ".x" / "0.png"):
         path.write_text("x")
-    for root, says in {tmp_path / "none": "No such file", file: "Not a", hollow / "cat": "no class"}.items():
-        assert f"{root}" in (said := refused(capsys, flags(root, vae, out))) and says in said
+    for root, says in ((tmp_path / "none", "No such file or directory"), (file, "Not a directory")):
+        assert refused(capsys, flags(root, vae, out)).endswith(f": {root}: {says}")
+    root = hollow / "cat"
+    assert f"--images {root} holds no class folders" in refused(capsys, flags(root, vae, out))
     assert f"class folder {hollow / 'cat'} holds no images" in refused(capsys, flags(hollow, vae, out))
     for output in (file, file / "latents"):
         assert str(file) in refused(capsys, flags(images, vae, output))
