@@ -202,57 +202,77 @@ def decode(vae, x, shift, scale, rows=range(10**6)):
 
 
 class ResumableArrays:
-    """Arrays that several processes fill in batches of rows; after a kill, the same command goes on.
+    """Arrays that processes fill in batches of rows, on one machine or more; if killed, run the same again.
 
-    In the folder OUT.partial: NAME.npy, of full size; done.npy, 1 for each row that is on disk; and
-    settings.json, what decides the rows. shapes: {name: (shape, dtype)}.
+    In the folder OUT.partial: NAME.npy, of full size; done-RANK.npy, 255 for each row that this process has
+    put on disk; and settings.json, what decides the rows. shapes: {name: (shape, dtype)}.
     """
 
-    def __init__(self, out, settings, count, shapes, rank=0):
-        self.folder, self.shapes = Path(f"{out}.partial"), {"done": ((count,), "uint8"), **shapes}
+    def __init__(self, out, settings, count, shapes, rank=0, world_size=1):
+        self.folder, self.rank, self.world_size = Path(f"{out}.partial"), rank, world_size
+        self.mine, marks = f"done-{rank}", {f"done-{i}": ((count,), "uint8") for i in range(world_size)}
+        self.shapes = {**marks, **shapes}
         record = self.folder / "settings.json"
         if rank == 0:
             names = {path.name for path in self.folder.glob("*")}
-            if "done.npy" not in names and names - {"lock"}:
+            if "done-0.npy" not in names and names - {"lock", "done-0.npy.tmp"}:
                 fail(f"{self.folder} is in the way, and not from this command; give another output")
             lock(self.folder / "lock", out)
-            if record.exists():
+            if begun := record.exists():
                 check_same_settings(record, settings)
-            else:
-                size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes.values())
-                if size > (free := shutil.disk_usage(self.folder).free):
-                    fail(f"{self.folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
-                for name, (shape, dtype) in self.shapes.items():
-                    with writing(self.folder / f"{name}.npy", "wb") as file:
+            size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes.values())
+            if not begun and size > (free := shutil.disk_usage(self.folder).free):
+                fail(f"{self.folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+            for name, (shape, dtype) in self.shapes.items():
+                if not begun or name in marks and f"{name}.npy" not in names:  # now there are more processes
+                    with atomic_write(self.folder / f"{name}.npy") as file:
                         np.lib.format.open_memmap(file.name, "w+", dtype, shape)
+            if not begun:
                 write_json(record, settings)  # last: the arrays are ready
         barrier()
         try:
             list(map(self.load, self.shapes))
-        except Exception as error:  # what a power cut leaves
+            self.done()
+        except Exception as error:  # damaged, or a file system that is not shared
             fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it, "
                  "run the same command again")
 
     def load(self, name):
         array = np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r")
-        if (array.shape, array.dtype.name) != self.shapes[name]:
+        if (array.shape, array.dtype.name) != self.shapes.get(name, self.shapes["done-0"]):
             raise ValueError(f"{name}.npy is {array.dtype} {array.shape}")
         return array
 
-    def batches(self, batch_size, rank=0, world_size=1):
+    def done(self):
+        """Which rows are on disk (count,), by the marks of all processes, now and before."""
+        marks = np.array([self.load(path.stem) for path in self.folder.glob("done-*.npy")])
+        if not np.isin(marks, (0, 255)).all():
+            raise ValueError("its marks are not 0 or 255")
+        return marks.any(0)
+
+    def batches(self, batch_size):
         """This process's share of the batches to do: ranges of rows, cut at multiples of batch_size."""
-        done = self.load("done").copy()
+        done = self.done()
         barrier()  # before any writes
         starts = [i for i in range(0, len(done), batch_size) if not done[i : i + batch_size].all()]
-        return [range(i, min(i + batch_size, len(done))) for i in starts[rank::world_size]]
+        return [range(i, min(i + batch_size, len(done))) for i in starts[self.rank :: self.world_size]]
 
     def write(self, rows, **values):
-        """Write a batch and mark it done; not through a memory map, where a full disk kills the process."""
-        for name, value in {**values, "done": np.ones(len(rows))}.items():
+        """Write a batch, then mark it done; not through a memory map: a full disk would kill the process."""
+        for name, value in {**values, self.mine: np.full(len(rows), 255)}.items():
             array = self.load(name)
-            with writing(array.filename, "r+b") as file:
-                file.seek(array.offset + rows.start * array[:1].nbytes)
-                file.write(np.ascontiguousarray(value, array.dtype))
+            data = memoryview(np.ascontiguousarray(value, array.dtype)).cast("B")
+            end = array.offset + rows.start * array[:1].nbytes + len(data)
+            with writing(array.filename, "wb", in_place) as file:
+                while data:
+                    data = data[os.pwrite(file.fileno(), data, end - len(data)) :]
+
+    def finish(self):
+        """Wait for all processes; fail unless every row is on disk."""
+        barrier()
+        if self.rank == 0 and (left := int((~self.done()).sum())):
+            fail(f"{self.folder} still lacks {left} row(s): is it on a disk that all machines share? Run the "
+                 "same command again")
 
 
 class Latents:
@@ -377,9 +397,9 @@ def main():
     for name, wanted in (("images", args.store_images), ("reconstructions", args.reconstruct)):
         if wanted:
             shapes[name] = (count, size, size, 3), "uint8"
-    arrays = ResumableArrays(out, settings, count, shapes, rank)
+    arrays = ResumableArrays(out, settings, count, shapes, rank, world_size)
 
-    batches = arrays.batches(args.batch_size, rank, world_size)
+    batches = arrays.batches(args.batch_size)
     loaded = read_ahead(lambda rows: load_batch([files[i] for i in rows], size), batches, args.num_workers)
     progress = tqdm(batches, f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
     bad = []
@@ -393,11 +413,12 @@ def main():
                 values["reconstructions"] = decode(vae, moments.chunk(2, dim=1)[0], 0.0, 1.0, rows).cpu()
             arrays.write(rows, **{name: values[name] for name in shapes})
     everyones = [bad] * world_size
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_gather_object(everyones, bad)
     if bad := sum(everyones, []):
         fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
              f"command again, or move them away and remove {arrays.folder})")
+    arrays.finish()
     if rank > 0:
         return
 
@@ -406,8 +427,8 @@ def main():
     write_json(arrays.folder / "latents.json", {
         **settings, "shift": shift, "scale": scale, "num_classes": len(classes), "class_names": classes})
     os.replace(arrays.folder, out)
-    for name in ("done.npy", "settings.json", "lock"):
-        (out / name).unlink()
+    sync(out.parent)
+    remove_marks(out)
     print(f"{out}: {count} images of {len(classes)} classes, latents {list(moments.shape[1:])}")
 
 
@@ -466,13 +487,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in its --help, and complaints of one sentence."""
+    """argparse with defaults in its --help, and complaints of one sentence, also of a GPU out of sight."""
 
     def __init__(self, doc=None, **options):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
+    def parse_args(self, *words):
+        args = super().parse_args(*words)
+        if unseen_gpu():
+            fail(f"torch {torch.__version__} does not see this machine's GPU: is the driver older than CUDA "
+                 f"{torch.version.cuda}? (to run on the CPU, put CUDA_VISIBLE_DEVICES= before the command)")
+        return args
+
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
+
+
+def unseen_gpu():
+    """Whether there is a GPU that torch should see and does not, and nobody has hidden it."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and torch.version.cuda
+    return bool(wanted and os.path.exists("/dev/nvidiactl") and not torch.cuda.is_available())
 
 
 def positive_int(text):
@@ -543,11 +577,31 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode())
 
 
+def sync(folder):
+    """Put the names in a folder on disk, as fsync does with a file's content."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(file)
+
+
+def make_folder(folder):
+    """Make a folder, and those above it, unless they are there."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 @contextlib.contextmanager
-def writing(path, mode):
+def writing(path, mode, opener=None):
     """A file, opened to write, then fsynced. Whatever goes wrong is an OSError that names it."""
     try:
-        with open(path, mode) as file:
+        with open(path, mode, opener=opener) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -556,15 +610,24 @@ def writing(path, mode):
         raise OSError(errno.EIO, message, str(path)) from error
 
 
+def in_place(path, flags):
+    """An opener for `open`, to overwrite parts of a file that other machines write, too, through to the disk.
+
+    O_WRONLY and O_DSYNC: else NFS may send whole pages, and with them old copies of the others' rows.
+    """
+    return os.open(path, os.O_WRONLY | os.O_DSYNC)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file to write, under a name of its own until the disk has all of it."""
+    """A file to write, under a name of its own until the disk has all of it; then the disk has its name."""
     part = Path(f"{path}.tmp")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.parent)
     try:
         with writing(part, "wb") as file:
             yield file
         os.replace(part, path)
+        sync(part.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         error.filename = str(path)
@@ -615,7 +678,7 @@ def load_tensors(path):
 
 def lock(path, output):
     """Refuse a second command on the same output. The lock ends with this process."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     file = os.open(path, os.O_CREAT | os.O_RDWR)  # never closed: that would end the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -645,6 +708,23 @@ def check_same_settings(record, settings, there=None):
         fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
 
 
+def remove_marks(out):
+    """Remove what `ResumableArrays` leaves: OUT.partial, or only its marks where that has become `out`.
+
+    done-0.npy, which tells whose they are, goes last.
+    """
+    folder = Path(out if os.path.isdir(out) else f"{out}.partial")
+    names = r"done-\d+\.npy|settings\.json|lock" if folder == Path(out) else ".*"
+    if (mark := folder / "done-0.npy").exists():
+        with contextlib.suppress(OSError):  # another process may do the same
+            for path in folder.iterdir():
+                if path != mark and re.fullmatch(names, path.name):
+                    path.unlink()
+            sync(folder)
+            mark.unlink()
+            folder.rmdir()  # if it is empty
+
+
 def already_complete(out, record, settings):
     """Whether this command has made `out` before; fails if anything else has."""
     if os.path.lexists(record):
@@ -652,8 +732,7 @@ def already_complete(out, record, settings):
     elif os.path.lexists(out):
         fail(f"{out} exists, and no {record.name} says how it was made; give another output")
     if out.exists():
-        if Path(f"{out}.partial/done.npy").exists():  # left by a kill at the very end
-            shutil.rmtree(f"{out}.partial", ignore_errors=True)
+        remove_marks(out)  # left by a kill at the very end
         print(f"{out} is complete already")
     return out.exists()
 

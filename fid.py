@@ -38,13 +38,14 @@ from extract_latents import (
     load_batch,
     load_image,
     load_tensors,
+    lock,
     positive_int,
     read_ahead,
     read_rows,
     run,
     write_json,
 )
-from models import load_program
+from models import hub_lock, load_program
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -232,8 +233,10 @@ def load_network(args, device):
         if args.detector:
             return load_program(intact(path), device), f"detector {sha256(path)[:16]}"
         if not args.weights and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)
+            with hub_lock():
+                if not path.exists():
+                    path.parent.mkdir(exist_ok=True)
+                    torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)
         network = InceptionV3()
         network.load_state_dict(load_tensors(path))
     except Exception as error:  # network, file, pickle and shape errors have no common class
@@ -459,24 +462,30 @@ def main():
     network, space = load_network(args, device)
     about = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or ""),
              "feature_space": space}
-    if args.json and os.path.lexists(args.json):
-        check_same_settings(Path(args.json), about)
-
-    found = {}
-    for images in sets:
-        draw = args.save_stats or (images is not samples and images.path.suffix != ".npz")
-        keep = images.drawn() if draw else np.arange(images.count)
-        found[images] = compute_features(network, images, keep, args, rank, world_size, device)
-        if args.ref:
-            use_stored(found[images], images, space)
-    if rank == 0 and args.save_stats:
-        statistics = {name: x for name, x in found[samples].items() if name in STATISTICS}
-        drawn = samples.read(samples.drawn())
-        with atomic_write(args.save_stats) as file:  # in ADM's format
-            np.savez(file, arr_0=drawn, feature_space=space, **statistics)
-        print(f"{args.save_stats}: {len(drawn):,} images, statistics of {samples.count:,}, {space}")
-    elif rank == 0:
-        report(args, about, samples, sets[0], found[samples], found[sets[0]], device)
+    output = rank == 0 and (args.json or args.save_stats)
+    if output:
+        lock(f"{output}.lock", output)
+    try:
+        if args.json and os.path.lexists(args.json):
+            check_same_settings(Path(args.json), about)
+        found = {}
+        for images in sets:
+            draw = args.save_stats or (images is not samples and images.path.suffix != ".npz")
+            keep = images.drawn() if draw else np.arange(images.count)
+            found[images] = compute_features(network, images, keep, args, rank, world_size, device)
+            if args.ref:
+                use_stored(found[images], images, space)
+        if rank == 0 and args.save_stats:
+            statistics = {name: x for name, x in found[samples].items() if name in STATISTICS}
+            drawn = samples.read(samples.drawn())
+            with atomic_write(args.save_stats) as file:  # in ADM's format
+                np.savez(file, arr_0=drawn, feature_space=space, **statistics)
+            print(f"{args.save_stats}: {len(drawn):,} images, statistics of {samples.count:,}, {space}")
+        elif rank == 0:
+            report(args, about, samples, sets[0], found[samples], found[sets[0]], device)
+    finally:
+        if output:
+            os.unlink(f"{output}.lock")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Parameter names are SiT's and REPA's, so that their published weights load. Shap
 N = (H/p)(W/p) tokens of width D, C latent channels, patch size p.
 """
 
+import contextlib
 import fcntl
 import inspect
 import logging
@@ -369,12 +370,20 @@ def load_encoder(name, image_size):
     try:
         if name.endswith(".pt2"):
             return ExportedEncoder(name, image_size)
-        os.makedirs(torch.hub.get_dir(), exist_ok=True)
-        with open(Path(torch.hub.get_dir(), "dinov2.lock"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
+        with hub_lock():
             return Encoder(torch.hub.load("facebookresearch/dinov2:main", name, verbose=False), image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
         raise ValueError(f"cannot load encoder {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def hub_lock():
+    """Within it, one process of a machine downloads into torch.hub's folder, and the others wait."""
+    os.makedirs(torch.hub.get_dir(), exist_ok=True)
+    with open(Path(torch.hub.get_dir(), "download.lock"), "w") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class LatentNorm(nn.Module):

@@ -9,7 +9,6 @@ batch size or the number of processes (to rounding). If interrupted, run the sam
 
 import argparse
 import math
-import shutil
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,6 @@ from extract_latents import (
     ResumableArrays,
     already_complete,
     atomic_write,
-    barrier,
     content_id,
     decode,
     fail,
@@ -37,6 +35,7 @@ from extract_latents import (
     load_vae,
     nonnegative_int,
     positive_int,
+    remove_marks,
     run,
     write_json,
 )
@@ -315,20 +314,20 @@ def main():
     vae, side = load_decoder(facts, device)
     model = model.to(device)
     shapes = {"images": ((count, side, side, 3), "uint8")}
-    arrays = ResumableArrays(out, settings, count, shapes, rank)
+    arrays = ResumableArrays(out, settings, count, shapes, rank, world_size)
     if args.precision == "bf16":
         to_bf16(model)
     if args.compile and args.num_samples:
         for layer in (*model.blocks, model.final_layer):
             layer.compile(dynamic=False)
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
-    batches = arrays.batches(args.batch_size, rank, world_size)
+    batches = arrays.batches(args.batch_size)
     for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
         y = [class_of(i, n, args) for i in rows]
         images = sample_images(model, vae, facts, rows, y, args.seed, args.precision, **options)
         arrays.write(rows, images=images.cpu())
 
-    barrier()
+    arrays.finish()
     if rank == 0:
         write_json(record, settings)  # first, so that a file at `out` always has its record
         images = arrays.load("images")
@@ -337,7 +336,7 @@ def main():
                 np.savez(file, arr_0=images)
         else:
             save_grid(images, args.per_class, out)
-        shutil.rmtree(arrays.folder, ignore_errors=True)
+        remove_marks(out)
         print(out)
 
 

@@ -44,7 +44,6 @@ from extract_latents import (
     nonnegative_int,
     positive_int,
     read_ahead,
-    regular,
     run,
     write_json,
     writing,
@@ -271,11 +270,12 @@ def save_checkpoints(run_dir, step, numbered, settings, parts):
         if "tuned" in parts:
             save_vae(path, parts["tuned"]["vae"], checkpoint["ema"])
         save(path, checkpoint)
+    checkpoint["log"] = Path(run_dir, "log.jsonl").read_text()  # a resume writes the file anew
     save(run_dir / "state.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
 
 
 def resume(args, settings, parts):
-    """Load what `save_checkpoints` wrote with these settings, if it did, and return its step, or 0."""
+    """Load what `save_checkpoints` wrote with these settings, if it did: (its step, or 0; its log, or "")."""
     run_dir, parser = Path(args.run_dir), make_parser()
     path, record = run_dir / "state.pt", run_dir / "settings.json"
     settings = {key: x for key, x in {**settings, **settings["data"]}.items() if key not in (*FREE, "data")}
@@ -286,7 +286,7 @@ def resume(args, settings, parts):
         others = [name for name in ("log.jsonl", "checkpoints", "samples") if (run_dir / name).exists()]
         if others and not record.exists() or len([*run_dir.glob("checkpoints/*.pt")]) > 1:
             fail(f"{run_dir} has {others[0]}, but no state.pt to go on from; give another --run-dir")
-        return 0
+        return 0, ""
     try:
         state = load_tensors(path)
         check_same_settings(path, settings, {**defaults, **state["settings"]})
@@ -294,7 +294,7 @@ def resume(args, settings, parts):
             part.load_state_dict(state[name])
         if type(step := state["step"]) is not int or step < 0:
             raise ValueError(f"its step is {step}")
-        return step
+        return step, state["log"]
     except Exception as error:  # files can be wrong in many ways
         fail(f"{path} cannot be resumed from: {first_line(error)}")
 
@@ -496,14 +496,16 @@ def main():
     trained = [*raw_model.parameters(), *tuned.parameters()]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     parts = {"model": raw_model, "ema": ema, "opt": optimizer} | ({"tuned": tuned} if tuned else {})
-    start, vae = resume(args, settings, parts), None
+    vae = None
     if first and 0 < args.sample_every <= args.max_steps:
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
         lock(run_dir / "lock", run_dir)
-        if log_path.exists():  # a full disk may have torn its last line
-            os.truncate(log_path, regular(log_path).read_bytes().rfind(b"\n") + 1)
+    start, lines = resume(args, settings, parts)
+    if first:
         write_json(run_dir / "settings.json", settings)
+        with atomic_write(log_path) as file:
+            file.write(lines.encode())
 
     # to the GPU
     rank, world_size, device = init_distributed()
@@ -514,7 +516,7 @@ def main():
     if args.compile:
         compile_layers(raw_model, ema, args)
     model = raw_model
-    if world_size > 1:
+    if dist.is_initialized():
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
@@ -554,12 +556,12 @@ def main():
                 with writing(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
-        if rank == 0 and (numbered or resumable or stop):
-            save_checkpoints(run_dir, done, numbered, settings, parts)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(grid, ema, vae, facts, args.seed, args.precision,
                       cfg_scale=4.0 if args.label_dropout else 1.0)  # Fig. 4's
+        if rank == 0 and (numbered or resumable or stop):  # last, as a resume does not go back behind it
+            save_checkpoints(run_dir, done, numbered, settings, parts)
         if wandb and log:
             wandb.log(line, step=done)
         if wandb and draw:

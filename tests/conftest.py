@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-DINOV2 = ROOT / "tests" / "data" / "dinov2"
+DINOV2, DETECTOR = ROOT / "tests" / "data" / "dinov2", ROOT / "tests" / "data" / "detector.pt2"  # of the demo
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 CUDA, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 import extract_latents  # noqa: E402  (found only now)
+
+UNSEEN = extract_latents.unseen_gpu()
 
 TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-every", 1,
         "--precision", "fp32", "--no-compile")
@@ -144,6 +146,8 @@ def hub(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """Lets a test see the GPUs, without TF32; skips it where there are none."""
+    if UNSEEN:
+        pytest.fail("there is a GPU, and torch does not see it")
     if not CUDA:
         pytest.skip("needs a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -301,13 +301,13 @@ def failing(function, nth, error):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-# os.fsync is called for moments, images, done, settings.json; for the three with each of 7 batches; and for
-# labels and latents.json
+# os.fsync is called for the folder; done, moments, images and settings.json, each with its name; the first
+# three with each of 7 batches; labels and latents.json with their names; and for the name of the set
 @pytest.mark.parametrize("error, owner, name, nth, rows_left", [
-    *((Killed(), os, "fsync", nth, left) for nth, left in [(4, 13), (7, 11), (24, 1), (26, 0)]),
-    *((FULL, os, "fsync", nth, left) for nth, left in [(4, 13), (6, 13), (27, 0)]),
-    (FULL, shutil, "disk_usage", 1, 13), (Killed(), os, "replace", 4, 0), (Killed(), os, "unlink", 2, 0),
-    (KeyboardInterrupt(), os, "fsync", 8, 11),
+    *((Killed(), os, "fsync", nth, left) for nth, left in [(8, 13), (12, 11), (29, 1), (31, 0)]),
+    *((FULL, os, "fsync", nth, left) for nth, left in [(8, 13), (11, 13), (33, 0)]),
+    (FULL, shutil, "disk_usage", 1, 13), (Killed(), os, "replace", 7, 0), (Killed(), os, "unlink", 2, 0),
+    (KeyboardInterrupt(), os, "fsync", 13, 11),
     (OSError("no answer"), extract_latents, "load_image", 4, 2)])  # by the end, it can be read
 def test_stopped_anywhere_it_goes_on(
         capsys, pictures, vae, whole, tmp_path, monkeypatch, error, owner, name, nth, rows_left):
@@ -324,7 +324,7 @@ def test_stopped_anywhere_it_goes_on(
     extract(capsys, flags(pictures, vae, out))
     loaded = {call.args for call in extract_latents.load_image.mock_calls}
     assert len(loaded) == rows_left  # no list: threads of the first command may go on for a while
-    assert contents(out, "done.npy", "settings.json", "lock") == contents(whole) and not partial(out).exists()
+    assert contents(out) == contents(whole) and not partial(out).exists()
 
 
 def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tmp_path):
@@ -335,17 +335,18 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
             f"it.load_image = lambda *x: time.sleep(999) if x[0].endswith({NAMES[5]!r}) else read(*x); "
             "it.run(it.main)")
     command = [sys.executable, "-c", code, *map(str, flags(root, vae, out))]
-    own, deadline, done = {**os.environ, "OMP_NUM_THREADS": "1"}, time.time() + 120, partial(out) / "done.npy"
+    own, done = {**os.environ, "OMP_NUM_THREADS": "1"}, partial(out) / "done-0.npy"
+    deadline = time.time() + 120
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=own) as running:
         try:
-            while not (partial(out) / "settings.json").exists() or np.load(done).sum() < 4:
+            while not (partial(out) / "settings.json").exists() or np.load(done).sum() < 4 * 255:
                 assert running.poll() is None and time.time() < deadline
                 time.sleep(0.01)
             line = refused(capsys, flags(root, vae, out, "--image-size", 16))  # before its settings are seen
             assert f"another process is writing {out} now" in line
         finally:
             running.kill()
-    assert np.load(done).tolist() == [1] * 4 + [0] * 9
+    assert np.load(done).tolist() == [255] * 4 + [0] * 9
     for i in range(4):  # on disk already: nobody reads them again
         (root / NAMES[i]).write_text("no image now")
     run = process("extract_latents", *flags(root, vae, out), processes=2)
@@ -355,16 +356,48 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
 
 def test_processes_share_the_batches(tmp_path):
     """Each batch belongs to one of them, until all of it is on disk; the batch size may change."""
-    first = ResumableArrays(tmp_path / "a", {"a": 1}, 20, {"x": ((20, 2), "float16")})
-    assert [first.batches(6, rank, 3) for rank in range(3)] == [
-        [range(6), range(18, 20)], [range(6, 12)], [range(12, 18)]]
-    first.write(range(3, 9), x=np.ones((2, 6)).T)
-    again = ResumableArrays(tmp_path / "a", {"a": 1}, 20, {"x": ((20, 2), "float16")})
-    assert [[r.start for r in again.batches(4, rank, 2)] for rank in (0, 1)] == [[0, 12], [8, 16]]
-    for rows in again.batches(4):
-        again.write(rows, x=np.full((4, 2), rows.start + 0.1))
+    def arrays(processes):
+        return [ResumableArrays(tmp_path / "a", {"a": 1}, 20, {"x": ((20, 2), "float16")}, rank, processes)
+                for rank in range(processes)]
+
+    first = arrays(3)
+    assert [each.batches(6) for each in first] == [[range(6), range(18, 20)], [range(6, 12)], [range(12, 18)]]
+    first[1].write(range(3, 9), x=np.ones((2, 6)).T)
+    assert [[r.start for r in each.batches(4)] for each in arrays(2)] == [[0, 12], [8, 16]]
+    (last,) = arrays(1)
+    for rows in last.batches(4):
+        last.write(rows, x=np.full((4, 2), rows.start + 0.1))
     expected = np.repeat([0.1, 1, 8.1, 12.1, 16.1], 4).astype(np.float16)
     assert_array_equal(np.load(partial(tmp_path / "a") / "x.npy"), np.stack([expected, expected], axis=1))
+
+
+def test_marks_that_are_not_there(capsys, pictures, vae, whole, tmp_path, monkeypatch):
+    """As when machines do not share the disk: no set, but a sentence; once they do, the rest is done."""
+    real, out = ResumableArrays.write, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableArrays, "write", lambda self, rows, **values: rows.start == 4 or real(
+            self, rows, **values))
+        assert f"{partial(out)} still lacks 2 row(s)" in refused(capsys, flags(pictures, vae, out))
+    assert not out.exists()
+    extract(capsys, flags(pictures, vae, out))
+    assert contents(out) == contents(whole)
+
+
+def test_rows_are_written_alone(capsys, pictures, vae, tmp_path, monkeypatch):
+    """No file of rows is opened to read and write, and each write is synchronous: NFS may otherwise send pages
+    with old copies of other machines' rows. A mark is only written once its rows are."""
+    opened, written, real, write = {}, [], os.open, os.pwrite
+
+    def watched(path, flags, *more):
+        opened[file := real(path, flags, *more)] = Path(path).name, flags
+        return file
+
+    monkeypatch.setattr(os, "open", watched)
+    monkeypatch.setattr(os, "pwrite", lambda file, *more: written.append(opened[file]) or write(file, *more))
+    extract(capsys, flags(pictures, vae, tmp_path / "out"))
+    assert [name for name, _ in written] == ["moments.npy", "images.npy", "done-0.npy"] * 7
+    for _, how in written:
+        assert how & os.O_ACCMODE == os.O_WRONLY and how & os.O_DSYNC and not how & (os.O_TRUNC | os.O_CREAT)
 
 
 def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monkeypatch):
@@ -372,10 +405,10 @@ def test_finished_set_is_left_alone(capsys, pictures, vae, whole, tmp_path, monk
     root = shutil.copytree(pictures, tmp_path / "images")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.iterdir()}
     monkeypatch.setattr(extract_latents, "load_vae", None)  # not even loaded
-    partial(whole).mkdir()
-    (partial(whole) / "done.npy").touch()  # as a kill may leave it
+    for name in ("done-0.npy", "done-1.npy", "settings.json", "lock"):
+        (whole / name).touch()  # as a kill may leave them
     monkeypatch.chdir(vae.parent)
-    assert "complete already" in extract(capsys, flags(root, vae.name, whole)) and not partial(whole).exists()
+    assert "complete already" in extract(capsys, flags(root, vae.name, whole))
     for command, says in [(flags(root, vae, whole, "--image-size", 64), "image_size is 32 there and 64 here"),
                           (flags(root, "x", whole), f"vae is {str(vae)!r} there and 'x' here; "
                            f"vae_content is {content_id(vae)!r} there and None here"),
@@ -393,10 +426,10 @@ def test_files_that_are_no_images(capsys, pictures, vae, tmp_path):
         (root / NAMES[i]).write_bytes(data)
     line = refused(capsys, flags(root, vae, out))
     assert "3 file(s)" in line and [i for i in range(13) if f"{root / NAMES[i]} (" in line] == [1, 2, 7]
-    assert np.load(partial(out) / "done.npy").tolist() == [0] * 4 + [1, 1, 0, 0] + [1] * 5
+    assert np.load(partial(out) / "done-0.npy").tolist() == [0] * 4 + [255, 255, 0, 0] + [255] * 5
     line = refused(capsys, flags(root, vae, out, "--image-size", 16))
     assert "settings.json has other settings: image_size is 32 there and 16 here (" in line
-    (partial(out) / "done.npy").write_bytes(b"\x93NUMPY")
+    (partial(out) / "done-0.npy").write_bytes(b"\x93NUMPY")
     assert f"{partial(out)} is damaged" in refused(capsys, flags(root, vae, out))
     with pytest.raises(SystemExit, match="2"):
         Latents(out)

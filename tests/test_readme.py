@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import demo
 import numpy as np
 import pytest
 import torch.distributed.run
-from conftest import ROOT, TINY, drawn_rows, process
+from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows, process
 from PIL import Image
 
 import extract_latents
@@ -23,6 +24,7 @@ import extract_latents
 README = (ROOT / "README.md").read_text()
 TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
 WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
+METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e")
 
 
@@ -66,7 +68,7 @@ def test_flags_exist(monkeypatch):
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args()
-    every = set().union(*known.values(), {"--early-v-depth", "--qk-norm"})
+    every = set().union(*known.values(), {"--early-v-depth", "--qk-norm", "--shm-size"})
     shown = 0
     for word in WORDS:
         named = re.match(r"(\w+)\.py ", word)
@@ -94,6 +96,45 @@ def test_links_and_files():
         Image.open(picture).load()
         assert os.path.getsize(picture) <= 300_000
     assert pictures
+
+
+def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread):
+    """README's line for several, by two agents of torchrun on this one: they train, sample and measure what
+    one process does, and say no more; torch would, on the detector's format."""
+    (line,) = (line for line in commands() if "--nnodes" in line)
+    flags = re.findall(r" --[\w-]+", line.split("train.py")[0])
+    assert re.findall(r"srun torchrun(.*)", README)[0].replace("\\", "").count(" --") == len(flags) == 5
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        line = line.replace("HOST:29500", f"localhost:{free.getsockname()[1]}").replace("_node=8", "_node=1")
+    launch = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line.split(" train.py")[0])[1:]]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for script, *flags in (
+            ("train", *TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
+            ("sample", "--ckpt", "run/checkpoints/0000003.pt", "--num-samples", 6, "--batch-size", 2,
+             "--num-steps", 3, "--cfg-scale", 3, "--out", "a.npz"),
+            ("fid", "a.npz", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
+             "--batch-size", 2)):
+        for folder in (one, two):
+            folder.mkdir(exist_ok=True)
+        command = [*launch, *map(str, (ROOT / f"{script}.py", *flags))]
+        options = {"cwd": two, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        agents = [subprocess.Popen(command, **options, **pipes) for _ in range(2)]
+        (out, err), (more_out, more_err) = (agent.communicate(timeout=100) for agent in agents)
+        assert [agent.returncode for agent in agents] == [0, 0], err + more_err
+        monkeypatch.chdir(one)
+        status, expected, _ = cli(capsys, script, *flags)
+        said, expected = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, expected))
+        assert status == 0 and said == expected
+        assert all("%|" in said or not said.strip() for said in re.split("[\r\n]", err + more_err))
+    logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx({**b, "images_per_s": a["images_per_s"]}, rel=1e-5)
+    images_of_one, images_of_two = (np.load(folder / "a.npz")["arr_0"].astype(int) for folder in (one, two))
+    assert np.abs(images_of_one - images_of_two).max() <= 1 and images_of_one.std() > 5  # float32's last bits
+    metrics, of_two = (json.loads((folder / "fid.json").read_text()) for folder in (one, two))
+    assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
 
 
 def test_the_demos_table():

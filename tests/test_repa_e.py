@@ -405,7 +405,7 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
         pairs = [[each["opt"]["state"][i]["exp_avg"] for each in (state, whole[1])] for i in range(count)]
         largest = max(gradient.abs().max() for _, gradient in pairs)
         for found, gradient in pairs:
-            assert (found - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6 * largest
+            assert (found - gradient).abs().max() <= 3e-3 * gradient.abs().max() + 1e-6 * largest
 
 
 def test_bf16(capsys, tuning, common, tuned_run, tmp_path):

@@ -294,13 +294,13 @@ def test_compiled_samples_are_the_same(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name, call, after, size", [
-    ("a.png", "fsync", 9, 2), ("a.npz", "fsync", 10, 5), ("a.npz", "replace", 2, 2)])
+    ("a.png", "fsync", 13, 2), ("a.npz", "fsync", 14, 5), ("a.npz", "replace", 4, 2)])
 def test_killed_it_continues(run, tmp_path, monkeypatch, name, call, after, size):
     """Wherever it dies, the same command draws what is missing and no more, and gives the same bytes; one of
     another batch size may draw more.
 
-    fsync 9 and 10 follow two arrays, settings.json, three batches, and the fourth's images or all of it;
-    replace 2 follows the names of settings.json and the record, and would give the result its own.
+    fsync 13 and 14 follow the folder, two arrays and settings.json with their names, three batches, and the
+    fourth's images or all of it; replace 4 those files and the record, and would give the result its name.
     """
     out, args = tmp_path / name, ("--classes", 1, 2, "--per-class", 6, "--batch-size")
     run(*args, 2, out=f"whole-{name}")
@@ -315,7 +315,7 @@ def test_killed_it_continues(run, tmp_path, monkeypatch, name, call, after, size
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, call, dying)
         run(*args, 2, out=name)
-    done = np.flatnonzero(np.load(f"{out}.partial/done.npy")).tolist()
+    done = np.flatnonzero(np.load(f"{out}.partial/done-0.npy")).tolist()
     assert done and not out.exists()
     run(*args, 2, "--seed", 1, out=name, refused="seed is 0 there and 1 here")
     draw = sample.sample_images

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_checkpoints_and_settings(capsys, whole, data):
     assert sorted(path.name for path in before) == [
         "0000003.pt", "0000006.pt", "0000009.pt", "lock", "log.jsonl", "settings.json", "state.pt"]
     state = load(whole / "state.pt")
-    assert set(state) == {"model", "ema", "opt", "step", "settings"} and state["step"] == STEPS
+    assert set(state) == {"model", "ema", "opt", "step", "settings", "log"} and state["step"] == STEPS
     assert list(state["model"]) == list(state["ema"]) == list(built(state["settings"]).state_dict())
     for step in (3, 6, 9):
         numbered = load(whole / "checkpoints" / f"{step:07d}.pt")
@@ -343,6 +344,19 @@ def test_layers_compile_whole_under_ddp(monkeypatch):
     assert counter.frame_count == 3
 
 
+def test_one_process_under_torchrun(capsys, monkeypatch, whole, data, tmp_path):
+    """It meets what eight do, DDP and its process group, and the run is the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(train, "DDP", Mock(wraps=train.DDP))
+    fit(capsys, data, tmp_path / "run", *SHARED)
+    assert train.DDP.call_count == 1 and not torch.distributed.is_initialized()
+    assert_same_run(whole, tmp_path / "run")
+
+
 def test_defaults_are_the_papers(monkeypatch):
     recipe = {"model": "SiT-XL/2", "lr": 1e-4, "batch_size": 256, "micro_batch": 256, "max_steps": 400_000,
               "grad_clip": 1, "ema_decay": 0.9999, "label_dropout": 0.1, "seed": 0, "data": "data/latents",
@@ -369,6 +383,24 @@ def test_gpus_are_hidden_from_tests(request):
     assert not torch.cuda.is_available()
     others = ["gpu" not in item.fixturenames for item in request.session.items]
     assert others == sorted(others)
+
+
+@pytest.mark.parametrize("visible, cuda, refused", [
+    (None, "13.0", True), ("0,1", "13.0", True), ("", "13.0", False), ("-1", "13.0", False),
+    (None, None, False)])
+def test_a_gpu_that_torch_does_not_see(capsys, monkeypatch, data, tmp_path, visible, cuda, refused):
+    """It is no silent run on the CPU, unless someone hides it or torch is built for a CPU."""
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl" or real(path))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    flags = (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps", 1)
+    status, _, stderr = cli(capsys, "train", *flags)
+    assert (status, (tmp_path / "run").exists()) == ((2, False) if refused else (0, True)), stderr
+    assert not refused or re.search("older than CUDA 13.0.*CUDA_VISIBLE_DEVICES= ", message(stderr))
+    assert cli(capsys, "train", "--help")[0] == 0
 
 
 def test_too_little_memory(capsys, monkeypatch, data, tmp_path):
@@ -462,7 +494,7 @@ def test_a_loss_that_is_not_finite(capsys, data, tmp_path):
         flags = ("--max-steps", 5, "--log-every", 5, "--ckpt-every", every)
         status, _, stderr = cli(capsys, "train", *TINY, "--data", bad, "--run-dir", run, *flags)
         assert status == 2 and re.search(r"not finite at step 3\b", message(stderr))
-        assert sorted(path.name for path in run.rglob("*.pt")) == saved and not (run / "log.jsonl").exists()
+        assert sorted(path.name for path in run.rglob("*.pt")) == saved and log(run) == []
         for path in run.rglob("*.pt"):
             assert all(value.isfinite().all() for value in load(path)["ema"].values())
 
