@@ -220,13 +220,16 @@ class ResumableArrays:
             lock(self.folder / "lock", out)
             if begun := record.exists():
                 check_same_settings(record, settings)
-            size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes.values())
-            if not begun and size > (free := shutil.disk_usage(self.folder).free):
-                fail(f"{self.folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+            size = {k: math.prod(shape) * np.dtype(kind).itemsize for k, (shape, kind) in self.shapes.items()}
+            total, free = sum(size.values()), shutil.disk_usage(self.folder).free
+            if total > free and not begun:
+                fail(f"{self.folder} would take {total / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
             for name, (shape, dtype) in self.shapes.items():
                 if not begun or name in marks and f"{name}.npy" not in names:  # now there are more processes
-                    with atomic_write(self.folder / f"{name}.npy") as file:
-                        np.lib.format.open_memmap(file.name, "w+", dtype, shape)
+                    with atomic_write(self.folder / f"{name}.npy") as file:  # zeros, which take no space yet
+                        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                        file.truncate(file.tell() + size[name])
             if not begun:
                 write_json(record, settings)  # last: the arrays are ready
         barrier()

@@ -517,10 +517,11 @@ def main():
         compile_layers(raw_model, ema, args)
     model = raw_model
     if dist.is_initialized():
-        starts = [None] * world_size
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            fail(f"processes resume from steps {starts}: all must see the same --run-dir")
+        everyones = [None] * world_size
+        dist.all_gather_object(everyones, (start, facts))
+        if any(other != everyones[0] for other in everyones):
+            fail(f"processes start at steps {[step for step, _ in everyones]}, or with other latents: all "
+                 "must see the same --run-dir and --data")
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they are equal
     if rank == 0:

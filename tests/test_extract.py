@@ -384,7 +384,7 @@ def test_marks_that_are_not_there(capsys, pictures, vae, whole, tmp_path, monkey
 
 
 def test_rows_are_written_alone(capsys, pictures, vae, tmp_path, monkeypatch):
-    """No file of rows is opened to read and write, and each write is synchronous: NFS may otherwise send pages
+    """No file of rows is opened to read and write, and each write is synchronous: NFS might else send pages
     with old copies of other machines' rows. A mark is only written once its rows are."""
     opened, written, real, write = {}, [], os.open, os.pwrite
 
