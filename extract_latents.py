@@ -210,12 +210,12 @@ class ResumableArrays:
 
     def __init__(self, out, settings, count, shapes, rank=0, world_size=1):
         self.folder, self.rank, self.world_size = Path(f"{out}.partial"), rank, world_size
-        self.mine, marks = f"done-{rank}", {f"done-{i}": ((count,), "uint8") for i in range(world_size)}
+        marks = {f"done-{i}": ((count,), "uint8") for i in range(world_size)}
         self.shapes = {**marks, **shapes}
         record = self.folder / "settings.json"
         if rank == 0:
-            names = {path.name for path in self.folder.glob("*")}
-            if "done-0.npy" not in names and names - {"lock", "done-0.npy.tmp"}:
+            names = {path.name for path in self.folder.glob("[!.]*")}  # NFS hides those deleted while in use
+            if "done-0.npy" not in names and names - {"lock", "done-0.npy.tmp"}:  # those come before it
                 fail(f"{self.folder} is in the way, and not from this command; give another output")
             lock(self.folder / "lock", out)
             if begun := record.exists():
@@ -236,9 +236,10 @@ class ResumableArrays:
         try:
             list(map(self.load, self.shapes))
             self.done()
-        except Exception as error:  # damaged, or a file system that is not shared
-            fail(f"{self.folder} is damaged, or not seen by all machines ({first_line(error)}); remove it, "
-                 "run the same command again")
+        except Exception as error:  # of many kinds
+            fail(f"{self.folder} is damaged, or not on a disk that all machines share ({first_line(error)}); "
+                 "if damaged, remove it and run the same command again")
+        check_same_settings(record, settings)  # of each machine's files
 
     def load(self, name):
         array = np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r")
@@ -262,13 +263,11 @@ class ResumableArrays:
 
     def write(self, rows, **values):
         """Write a batch, then mark it done; not through a memory map: a full disk would kill the process."""
-        for name, value in {**values, self.mine: np.full(len(rows), 255)}.items():
+        for name, value in {**values, f"done-{self.rank}": np.full(len(rows), 255)}.items():
             array = self.load(name)
-            data = memoryview(np.ascontiguousarray(value, array.dtype)).cast("B")
-            end = array.offset + rows.start * array[:1].nbytes + len(data)
             with writing(array.filename, "wb", in_place) as file:
-                while data:
-                    data = data[os.pwrite(file.fileno(), data, end - len(data)) :]
+                file.seek(array.offset + rows.start * array[:1].nbytes)
+                file.write(np.ascontiguousarray(value, array.dtype))
 
     def finish(self):
         """Wait for all processes; fail unless every row is on disk."""
@@ -498,7 +497,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *words):
         args = super().parse_args(*words)
         if unseen_gpu():
-            fail(f"torch {torch.__version__} does not see this machine's GPU: is the driver older than CUDA "
+            fail(f"torch {torch.__version__} sees none of this machine's GPUs: is the driver older than CUDA "
                  f"{torch.version.cuda}? (to run on the CPU, put CUDA_VISIBLE_DEVICES= before the command)")
         return args
 
@@ -560,13 +559,16 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
     if "RANK" not in os.environ:
         return 0, 1, device
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken
+        patience = min(timeout, timedelta(minutes=15))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store keeps addresses from before
+        store = dist.PrefixStore(f"start {restart}", store)
+        store.set(f"{rank} is here", "")
+        store.wait([f"{i} is here" for i in range(world_size)], patience)
+    except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken, a machine not there
         fail(f"the processes cannot meet: {first_line(error)}")
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # the store remembers what was before
     backend = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size,
-                            store=dist.PrefixStore(f"start {restart}", store))
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
     return rank, world_size, device
 
 
@@ -614,9 +616,9 @@ def writing(path, mode, opener=None):
 
 
 def in_place(path, flags):
-    """An opener for `open`, to overwrite parts of a file that other machines write, too, through to the disk.
+    """An opener for `open` that keeps the content, to overwrite rows of a file that others write, too.
 
-    O_WRONLY and O_DSYNC: else NFS may send whole pages, and with them old copies of the others' rows.
+    Without O_WRONLY and O_DSYNC, NFS may send whole pages, with old copies of the others' rows.
     """
     return os.open(path, os.O_WRONLY | os.O_DSYNC)
 
@@ -712,7 +714,7 @@ def check_same_settings(record, settings, there=None):
 
 
 def remove_marks(out):
-    """Remove what `ResumableArrays` leaves: OUT.partial, or only its marks where that has become `out`.
+    """Remove OUT.partial, once the result is elsewhere, or the marks in OUT if it has become that.
 
     done-0.npy, which tells whose they are, goes last.
     """

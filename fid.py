@@ -485,7 +485,7 @@ def main():
             report(args, about, samples, sets[0], found[samples], found[sets[0]], device)
     finally:
         if output:
-            os.unlink(f"{output}.lock")
+            Path(f"{output}.lock").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

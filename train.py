@@ -501,11 +501,11 @@ def main():
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
         lock(run_dir / "lock", run_dir)
-    start, lines = resume(args, settings, parts)
+    start, log = resume(args, settings, parts)
     if first:
         write_json(run_dir / "settings.json", settings)
         with atomic_write(log_path) as file:
-            file.write(lines.encode())
+            file.write(log.encode())
 
     # to the GPU
     rank, world_size, device = init_distributed()
@@ -517,13 +517,12 @@ def main():
         compile_layers(raw_model, ema, args)
     model = raw_model
     if dist.is_initialized():
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, (start, facts))
-        if any(other != everyones[0] for other in everyones):
-            fail(f"processes start at steps {[step for step, _ in everyones]}, or with other latents: all "
-                 "must see the same --run-dir and --data")
-        model = DDP(raw_model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # they are equal
+        seen = [None] * world_size
+        dist.all_gather_object(seen, (start, facts))
+        if any(each != seen[0] for each in seen):
+            fail(f"processes start at steps {[step for step, _ in seen]}, or with other latents: all must "
+                 "see the same --run-dir and --data")
+        model = DDP(raw_model, gradient_as_bucket_view=True, broadcast_buffers=False)  # they stay equal
     if rank == 0:
         print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
 
@@ -561,7 +560,7 @@ def main():
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(grid, ema, vae, facts, args.seed, args.precision,
                       cfg_scale=4.0 if args.label_dropout else 1.0)  # Fig. 4's
-        if rank == 0 and (numbered or resumable or stop):  # last, as a resume does not go back behind it
+        if rank == 0 and (numbered or resumable or stop):  # last: a resume does nothing before it again
             save_checkpoints(run_dir, done, numbered, settings, parts)
         if wandb and log:
             wandb.log(line, step=done)

@@ -3,7 +3,7 @@ signals, full disks, power cuts, damaged files, second commands.
 
 After each, the same command must give the same bytes as if nothing had happened, or one sentence must say
 what to remove. `python -m pytest tests/test_campaign.py -m slow -s` takes 40 minutes on 2 cores and prints a
-table. Full disks are file systems in memory, which only root can make.
+table's rows. Full disks are file systems in memory, which only root can make.
 """
 
 import collections
@@ -20,6 +20,8 @@ import pytest
 from conftest import DETECTOR, ROOT, TINY, cli, message, process
 from test_faults import family, started, wait_until
 from test_power_cuts import rebuild, result, watched
+
+from extract_latents import first_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_on_one_thread")]
 FAULTS = {"SIGKILL": 40, "SIGSTOP": 15, "SIGTERM": 20, "second command": 20, "full disk": 25, "power cut": 40,
@@ -104,6 +106,7 @@ class Campaign:
         """The command, at a random moment after its first file."""
         script, *flags = self.commands[name]
         said, script = self.work.parent / "said.txt", ROOT / f"{script}.py"
+        said.unlink(missing_ok=True)
         with started(said, *flags, script=script, processes=processes) as it:
             wait_until(lambda: any(self.work.iterdir()), it, dead=True)
             time.sleep(self.rng.uniform(0, 1.5 + processes))
@@ -191,21 +194,22 @@ class Campaign:
         return outcome if outcome != "DIFFERENT" else f"DIFFERENT: {path} {place} {cut}"
 
 
-def test_campaign(capsys, work, commands):
-    campaign = Campaign(capsys, work, commands)
-    does = dict(zip(FAULTS, (campaign.kill, campaign.stop, campaign.terminate, campaign.second, campaign.full,
-                             campaign.power, campaign.damage)))
-    found, names = {kind: collections.Counter() for kind in FAULTS}, list(commands)
-    for kind, count in FAULTS.items():
-        for i in range(count):
-            campaign.clear()
-            name, processes = names[i % 4], 1 + i // 4 % 2
-            outcome = does[kind](name, processes)
-            found[kind][outcome] += 1
-            with capsys.disabled():
-                print(kind, i, name, processes, outcome, flush=True)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_campaign(capsys, work, commands, kind):
+    campaign, names, found = Campaign(capsys, work, commands), list(commands), collections.Counter()
+    does = {"SIGKILL": campaign.kill, "SIGSTOP": campaign.stop, "SIGTERM": campaign.terminate,
+            "second command": campaign.second, "full disk": campaign.full, "power cut": campaign.power,
+            "damaged file": campaign.damage}[kind]
+    for i in range(FAULTS[kind]):
+        campaign.clear()
+        name, processes = names[i % 4], 1 + i // 4 % 2
+        try:
+            outcome = does(name, processes)
+        except AssertionError as error:
+            outcome = f"FAILED: {first_line(error)}"
+        found[outcome] += 1
+        with capsys.disabled():
+            print(f"{kind} {i}, {name} by {processes} process(es): {outcome}", flush=True)
     with capsys.disabled():
-        for kind, outcomes in found.items():
-            print(f"| {kind} | {sum(outcomes.values())} | {dict(outcomes)} |")
-    assert {outcome for outcomes in found.values() for outcome in outcomes} <= {
-        "same bytes", "a sentence", "a sentence, when used"}
+        print(f"| {kind} | {sum(found.values())} | {dict(found)} |", flush=True)
+    assert found.keys() <= {"same bytes", "a sentence", "a sentence, when used"}

@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -366,6 +368,20 @@ def test_one_process_under_torchrun(capsys, monkeypatch, whole, data, tmp_path):
         else:
             assert status == 0 and train.DDP.call_count == 1 and not torch.distributed.is_initialized()
             assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_process_that_does_not_come(capsys, monkeypatch, data, tmp_path):
+    """It is not waited for for days."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in own.items():
+        monkeypatch.setenv(name, str(value))
+    patience = timedelta(seconds=1)
+    monkeypatch.setattr(train, "init_distributed", partial(train.init_distributed, timeout=patience))
+    status, _, stderr = cli(capsys, "train", *TINY, "--data", data, "--run-dir", tmp_path / "run")
+    assert status == 2 and "the processes cannot meet" in message(stderr)
 
 
 def test_defaults_are_the_papers(monkeypatch):
