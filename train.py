@@ -522,7 +522,8 @@ def main():
         if any(each != seen[0] for each in seen):
             fail(f"processes start at steps {[step for step, _ in seen]}, or with other latents: all must "
                  "see the same --run-dir and --data")
-        model = DDP(raw_model, gradient_as_bucket_view=True, broadcast_buffers=False)  # they stay equal
+        model = DDP(raw_model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they stay equal; as an argument, newer torch warns of it
     if rank == 0:
         print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
 
