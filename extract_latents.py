@@ -218,6 +218,8 @@ class ResumableArrays:
             if "done-0.npy" not in names and names - {"lock", "done-0.npy.tmp"}:  # those come before it
                 fail(f"{self.folder} is in the way, and not from this command; give another output")
             lock(self.folder / "lock", out)
+            if os.path.lexists(out):
+                fail(f"another process has just made {out}; run the same command again to see")
             if begun := record.exists():
                 check_same_settings(record, settings)
             size = {k: math.prod(shape) * np.dtype(kind).itemsize for k, (shape, kind) in self.shapes.items()}
@@ -239,7 +241,6 @@ class ResumableArrays:
         except Exception as error:  # of many kinds
             fail(f"{self.folder} is damaged, or not on a disk that all machines share ({first_line(error)}); "
                  "if damaged, remove it and run the same command again")
-        check_same_settings(record, settings)  # of each machine's files
 
     def load(self, name):
         array = np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r")
@@ -382,10 +383,11 @@ def main():
                 "vae_content": content_id(args.vae), "image_size": size,
                 "store_images": args.store_images, "reconstruct": args.reconstruct,
                 "files_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest()}
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
+    agree({**settings, "complete": out.exists()})
     if already_complete(out, out / "latents.json", settings):
         return
 
-    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     try:
         vae = load_vae(args.vae).to(device)
         shift, scale = latent_normalization(vae.config)
@@ -572,6 +574,16 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
     return rank, world_size, device
 
 
+def agree(mine):
+    """Fail, naming what differs, unless all processes have the same dictionary."""
+    if dist.is_initialized():
+        everyones = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+        if differ := [key for key in mine if any(other[key] != mine[key] for other in everyones)]:
+            fail(f"the processes differ in {', '.join(differ)}: all must have the same flags and see the "
+                 "same files")
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -588,7 +600,7 @@ def sync(folder):
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some network file systems cannot
             raise
     finally:
         os.close(file)
@@ -684,7 +696,7 @@ def load_tensors(path):
 def lock(path, output):
     """Refuse a second command on the same output. The lock ends with this process."""
     make_folder(Path(path).parent)
-    file = os.open(path, os.O_CREAT | os.O_RDWR)  # never closed: that would end the lock
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # never closed: that would end the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

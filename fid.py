@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 from extract_latents import (
     Parser,
+    agree,
     atomic_write,
     check_same_settings,
+    content_id,
     fail,
     files_in,
     first_line,
@@ -462,12 +464,15 @@ def main():
     network, space = load_network(args, device)
     about = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or ""),
              "feature_space": space}
+    agree({**about, "contents": [(x.count, x.path.suffix == ".npz" and content_id(x.path)) for x in sets]})
     output = rank == 0 and (args.json or args.save_stats)
     if output:
         lock(f"{output}.lock", output)
     try:
         if args.json and os.path.lexists(args.json):
             check_same_settings(Path(args.json), about)
+        if args.save_stats and os.path.lexists(args.save_stats):
+            fail(f"{args.save_stats} exists; give another name")
         found = {}
         for images in sets:
             draw = args.save_stats or (images is not samples and images.path.suffix != ".npz")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from extract_latents import (
     Parser,
     ResumableArrays,
+    agree,
     already_complete,
     atomic_write,
     content_id,
@@ -307,10 +308,11 @@ def main():
                 "ckpt_content": content_id(args.ckpt), "vae_content": content_id(args.vae)}
     for key in ("out", "batch_size", "compile"):  # they change no image
         del settings[key]
+    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
+    agree({**settings, "complete": out.exists()})
     if already_complete(out, record, settings):
         return
 
-    rank, world_size, device = init_distributed("gloo", timedelta(days=2))
     vae, side = load_decoder(facts, device)
     model = model.to(device)
     shapes = {"images": ((count, side, side, 3), "uint8")}

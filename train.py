@@ -29,6 +29,7 @@ from tqdm import tqdm
 from extract_latents import (
     Latents,
     Parser,
+    agree,
     atomic_write,
     check_same_settings,
     content_id,
@@ -517,11 +518,7 @@ def main():
         compile_layers(raw_model, ema, args)
     model = raw_model
     if dist.is_initialized():
-        seen = [None] * world_size
-        dist.all_gather_object(seen, (start, facts))
-        if any(each != seen[0] for each in seen):
-            fail(f"processes start at steps {[step for step, _ in seen]}, or with other latents: all must "
-                 "see the same --run-dir and --data")
+        agree({**settings, "run_dir": f"{run_dir}, at step {start}"})
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they stay equal; as an argument, newer torch warns of it
     if rank == 0:

@@ -5,6 +5,7 @@ Also: contents that changed under one name; what must not matter (closed streams
 log torn by a full disk); and two commands that would write one output.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -504,21 +505,34 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
     assert not limit or cli(capsys, script, *args)[0] == 0  # once there is room
 
 
+@contextlib.contextmanager
+def locked_by_another(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    code = f"import fcntl; x = open({str(path)!r}, 'w+'); fcntl.lockf(x, fcntl.LOCK_SH); print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-uc", code], **pipes) as other:
+        other.stdout.readline()
+        yield
+        other.kill()
+
+
 @pytest.mark.parametrize("script, locked", [
     ("train", "out/run/lock"), ("sample", "out/a.npz.partial/lock"),
     ("extract_latents", "out/latents.partial/lock"), ("fid_stats", "out/b.npz.lock")])
 def test_two_commands_never_write_one_output(capsys, inputs, script, locked):
     """The second is refused while the first lives; when that is gone, however it ended, it runs."""
-    Path(locked).parent.mkdir(parents=True, exist_ok=True)
-    code = f"import fcntl; file = open({locked!r}, 'w+'); fcntl.lockf(file, fcntl.LOCK_SH); print(1); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-uc", code], **pipes) as other:
-        other.stdout.readline()
+    with locked_by_another(Path(locked)):
         status, _, said = command(capsys, script)
-        other.kill()
     assert status == 2 and "another process is writing out/" in said
     assert [str(path) for path in Path("out").rglob("*") if path.is_file()] == [locked]
     assert command(capsys, script)[0] == 0
+
+
+def test_a_state_is_read_once_no_other_process_writes_it(capsys, inputs):
+    put(Path(STATE), b"half of a sta")
+    with locked_by_another(Path("out/run/lock")):
+        assert "another process is writing out/run" in command(capsys, "train")[2]
+    assert "cannot be resumed from" in command(capsys, "train")[2]
 
 
 # ---- what is not the same any more, though its name is

@@ -164,7 +164,7 @@ class Campaign:
             return self.outcome(name, 1)
         finally:
             os.chdir(self.work.parent)
-            subprocess.run(["umount", self.work], check=True)
+            subprocess.run(["umount", "--lazy", self.work], check=True)
             os.chdir(self.work)
 
     def power(self, name, processes):

@@ -161,14 +161,14 @@ def result(root):
 
 
 def held(path):
-    if path.name == "log.jsonl":
-        lines = map(json.loads, path.read_text().splitlines())
-        return [{**line, "images_per_s": 0, "memory_gib": 0} for line in lines]
-    if path.suffix == ".pt":  # equal objects can be pickled as one or as several
-        try:
+    try:
+        if path.name == "log.jsonl":
+            lines = map(json.loads, path.read_text().splitlines())
+            return [{**line, "images_per_s": 0, "memory_gib": 0} for line in lines]
+        if path.suffix == ".pt":  # equal objects can be pickled as one or as several
             return plain({**torch.load(path, weights_only=True), "log": ""})
-        except Exception:  # it is damaged
-            pass
+    except Exception:  # it is damaged
+        pass
     return path.read_bytes()
 
 

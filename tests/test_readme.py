@@ -128,7 +128,8 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
         status, expected, _ = cli(capsys, script, *flags)
         said, expected = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, expected))
         assert status == 0 and said == expected
-        assert [line for line in re.split("[\r\n]+", err + more_err) if line.strip() and "%|" not in line] == []
+        shown = re.split("[\r\n]+", err + more_err)
+        assert [line for line in shown if line.strip() and "%|" not in line] == []
     logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx({**b, "images_per_s": a["images_per_s"]}, rel=1e-5)

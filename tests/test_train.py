@@ -348,10 +348,10 @@ def test_layers_compile_whole_under_ddp(monkeypatch):
 
 def test_one_process_under_torchrun(capsys, monkeypatch, whole, data, tmp_path):
     """It meets what eight do, DDP and its process group, and the run is the same. It stops if another process
-    has another state or other latents."""
+    has other flags, another state or other latents."""
     monkeypatch.setattr(train, "DDP", Mock(wraps=train.DDP))
     command = ("train", *TINY, *SHARED, "--data", data, "--run-dir", tmp_path / "run")
-    for other in (None, (3, {}), (STEPS, {"count": 13})):
+    for other in ({}, {"lr": 2.0}, {"run_dir": "run, at step 3"}, {"data": {"count": 13}}):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -359,12 +359,12 @@ def test_one_process_under_torchrun(capsys, monkeypatch, whole, data, tmp_path):
         for name, value in own.items():
             monkeypatch.setenv(name, str(value))
         if other:
-            monkeypatch.setattr(torch.distributed, "all_gather_object", lambda them, own, other=other: (
-                them.append((other[0], own[1] | other[1])), them.__setitem__(0, own)))
+            monkeypatch.setattr(torch.distributed, "all_gather_object",
+                                lambda them, own, other=other: them.append(own | other))
         status, _, stderr = cli(capsys, *command)
         if other:
             torch.distributed.destroy_process_group()
-            assert status == 2 and f"start at steps [{STEPS}, {other[0]}]" in message(stderr)
+            assert status == 2 and f"the processes differ in {next(iter(other))}: all must" in message(stderr)
         else:
             assert status == 0 and train.DDP.call_count == 1 and not torch.distributed.is_initialized()
             assert_same_run(whole, tmp_path / "run")
