@@ -384,7 +384,7 @@ def main():
                 "store_images": args.store_images, "reconstruct": args.reconstruct,
                 "files_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest()}
     rank, world_size, device = init_distributed("gloo", timedelta(days=2))
-    agree({**settings, "complete": out.exists()})
+    agree({**settings, f"whether {out} exists": out.exists()})
     if already_complete(out, out / "latents.json", settings):
         return
 

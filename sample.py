@@ -309,7 +309,7 @@ def main():
     for key in ("out", "batch_size", "compile"):  # they change no image
         del settings[key]
     rank, world_size, device = init_distributed("gloo", timedelta(days=2))
-    agree({**settings, "complete": out.exists()})
+    agree({**settings, f"whether {out} exists": out.exists()})
     if already_complete(out, record, settings):
         return
 

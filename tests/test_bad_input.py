@@ -535,6 +535,23 @@ def test_a_state_is_read_once_no_other_process_writes_it(capsys, inputs):
     assert "cannot be resumed from" in command(capsys, "train")[2]
 
 
+@pytest.mark.parametrize("script, differs", [
+    ("train", {"lr": 2.0}), ("train", {"run_dir": "out/run, at step 3"}), ("train", {"data": {"count": 13}}),
+    ("sample", {"seed": 7}), ("sample", {"whether out/a.npz exists": True}),
+    ("extract_latents", {"files_sha256": ""}), ("extract_latents", {"whether out/latents exists": True}),
+    ("fid", {"contents": [(12, "")] * 2})])
+def test_processes_that_differ(capsys, inputs, monkeypatch, under_torchrun, script, differs):
+    """In flags, or in the files that their machines have: nothing is made."""
+    def gather(everyones, mine):
+        assert mine.keys() >= differs.keys() and mine != mine | differs
+        everyones.append(mine | differs)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    status, _, said = command(capsys, script)
+    assert status == 2 and f"the processes differ in {next(iter(differs))}: all must" in said
+    assert not [path for path in Path("out").rglob("*") if final(path)]
+
+
 # ---- what is not the same any more, though its name is
 
 

@@ -383,9 +383,10 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
     """Change nothing, the statistics of the norm included; but for the discriminator, whose batch norm sees
     one forward pass, and which has no say here.
 
-    Gradients are compared, by Adam's mean of them: of one that is 0 to rounding, a weight takes any sign.
+    Gradients are compared, by Adam's mean of them: of one that is 0 to rounding, a weight takes any sign, so
+    that a larger --lr would drive the runs apart.
     """
-    flags = (*common, "--gan-weight", 1e-9, "--batch-size", 8, "--max-steps", 3)
+    flags = (*common, "--gan-weight", 1e-9, "--batch-size", 8, "--max-steps", 3, "--lr", 1e-5)
     fit(capsys, tuning[0], tmp_path / "whole", *flags)
     fit(capsys, tuning[0], tmp_path / "micro", *flags, "--micro-batch", 2)
     pair = ("--data", tuning[0], "--run-dir", tmp_path / "pair", "--micro-batch", 2)
@@ -405,7 +406,7 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
         pairs = [[each["opt"]["state"][i]["exp_avg"] for each in (state, whole[1])] for i in range(count)]
         largest = max(gradient.abs().max() for _, gradient in pairs)
         for found, gradient in pairs:
-            assert (found - gradient).abs().max() <= 3e-3 * gradient.abs().max() + 1e-6 * largest
+            assert (found - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6 * largest
 
 
 def test_bf16(capsys, tuning, common, tuned_run, tmp_path):

@@ -326,16 +326,18 @@ def test_killed_it_continues(run, tmp_path, monkeypatch, name, call, after, size
     assert sorted(path.name for path in tmp_path.glob("a.*")) == [name, f"{name}.json"]
 
 
-def test_rows_that_are_not_there(run, tmp_path, monkeypatch):
-    """No file, but a sentence; and none in the place of what another process has made meanwhile."""
+def test_rows_that_are_not_there(capsys, tiny, tmp_path, monkeypatch):
+    """No file, but a sentence; nor one in the place of what another process has made meanwhile."""
     out, real = tmp_path / "a.npz", sample.load_decoder
+    command = ("sample", "--ckpt", tiny, "--num-samples", 3, "--num-steps", 2, "--out", out)
     with monkeypatch.context() as patch:
         patch.setattr(sample.ResumableArrays, "write", lambda *args, **values: None)
-        run("--num-samples", 3, out=out.name, refused="a.npz.partial still lacks 3 row(s)")
+        assert "a.npz.partial still lacks 3 row(s)" in message(cli(capsys, *command)[2])
     assert not out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "load_decoder", lambda *args: out.touch() or real(*args))
-        run("--num-samples", 3, out=out.name, refused="another process has just made")
+        patch.setattr(sample, "load_decoder", lambda *args: out.write_text("its") and real(*args))
+        assert "another process has just made" in message(cli(capsys, *command)[2])
+    assert out.read_text() == "its"
 
 
 def test_finished_output(run, tmp_path, monkeypatch):

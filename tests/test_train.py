@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -333,51 +332,30 @@ def test_layers_compile_whole_under_ddp(monkeypatch):
     store, counter, real = torch.distributed.HashStore(), CompileCounter(), torch.nn.Module.compile
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: real(layer, backend=counter, **how))
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # as torch has it
     model = SiT_models["SiT-S/2"](input_size=8, vae_repa_depth=2)  # a block has more than DDP's first MiB
     args = SimpleNamespace(sra_depth=0)
     try:
         torch.compiler.reset()
-        train.compile_layers(model, model, args)
-        wrapped, zeros = torch.nn.parallel.DistributedDataParallel(model), torch.zeros(2)
-        wrapped(torch.randn(2, 4, 8, 8), zeros, zeros.long(), return_align=True)
+        with torch._dynamo.config.patch(optimize_ddp=True):  # as torch has it
+            train.compile_layers(model, model, args)
+            wrapped, zeros = torch.nn.parallel.DistributedDataParallel(model), torch.zeros(2)
+            wrapped(torch.randn(2, 4, 8, 8), zeros, zeros.long(), return_align=True)
     finally:
         torch.distributed.destroy_process_group()
     assert counter.frame_count == 3
 
 
-def test_one_process_under_torchrun(capsys, monkeypatch, whole, data, tmp_path):
-    """It meets what eight do, DDP and its process group, and the run is the same. It stops if another process
-    has other flags, another state or other latents."""
+def test_one_process_under_torchrun(capsys, monkeypatch, under_torchrun, whole, data, tmp_path):
+    """It meets what eight do, DDP and its process group, and the run is the same."""
     monkeypatch.setattr(train, "DDP", Mock(wraps=train.DDP))
-    command = ("train", *TINY, *SHARED, "--data", data, "--run-dir", tmp_path / "run")
-    for other in ({}, {"lr": 2.0}, {"run_dir": "run, at step 3"}, {"data": {"count": 13}}):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        own = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        for name, value in own.items():
-            monkeypatch.setenv(name, str(value))
-        if other:
-            monkeypatch.setattr(torch.distributed, "all_gather_object",
-                                lambda them, own, other=other: them.append(own | other))
-        status, _, stderr = cli(capsys, *command)
-        if other:
-            torch.distributed.destroy_process_group()
-            assert status == 2 and f"the processes differ in {next(iter(other))}: all must" in message(stderr)
-        else:
-            assert status == 0 and train.DDP.call_count == 1 and not torch.distributed.is_initialized()
-            assert_same_run(whole, tmp_path / "run")
+    fit(capsys, data, tmp_path / "run", *SHARED)
+    assert train.DDP.call_count == 1 and not torch.distributed.is_initialized()
+    assert_same_run(whole, tmp_path / "run")
 
 
-def test_a_process_that_does_not_come(capsys, monkeypatch, data, tmp_path):
+def test_a_process_that_does_not_come(capsys, monkeypatch, under_torchrun, data, tmp_path):
     """It is not waited for for days."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    own = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in own.items():
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     patience = timedelta(seconds=1)
     monkeypatch.setattr(train, "init_distributed", partial(train.init_distributed, timeout=patience))
     status, _, stderr = cli(capsys, "train", *TINY, "--data", data, "--run-dir", tmp_path / "run")
