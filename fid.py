@@ -464,7 +464,8 @@ def main():
     network, space = load_network(args, device)
     about = {"samples": os.path.realpath(args.images), "reference": os.path.realpath(args.ref or ""),
              "feature_space": space}
-    agree({**about, "contents": [(x.count, x.path.suffix == ".npz" and content_id(x.path)) for x in sets]})
+    contents = [(x.count, x.path.suffix == ".npz" and content_id(x.path)) for x in sets]
+    agree({**vars(args), "feature_space": space, "contents": contents})
     output = rank == 0 and (args.json or args.save_stats)
     if output:
         lock(f"{output}.lock", output)

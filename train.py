@@ -502,11 +502,11 @@ def main():
         vae = tuned["vae"] if tuned else load_decoder(facts, "cpu")[0]
     if first:
         lock(run_dir / "lock", run_dir)
-    start, log = resume(args, settings, parts)
+    start, log_before = resume(args, settings, parts)
     if first:
         write_json(run_dir / "settings.json", settings)
         with atomic_write(log_path) as file:
-            file.write(log.encode())
+            file.write(log_before.encode())
 
     # to the GPU
     rank, world_size, device = init_distributed()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,12 +126,11 @@ def on_the_cpu():
 
 @pytest.fixture
 def under_torchrun(monkeypatch):
-    """What a script finds in its environment as the only process of torchrun."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
-        monkeypatch.setenv(name, value)
+    """What a script finds as the only process of torchrun: its store, and these variables."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port,
+                        "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

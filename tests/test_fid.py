@@ -251,6 +251,10 @@ def test_saved_references(capsys, sets, tmp_path, monkeypatch):
     (root, reference, samples), file = sets, tmp_path / "ref.npz"
     monkeypatch.setattr(fid.Images, "drawn", lambda self: DRAWN)
     args = ("--save-stats", file, root / "reference.npz", "--detector", root / "tiny.pt2")
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "lock", lambda path, output: Path(output).touch())
+        refused(capsys, "ref.npz exists", *args)  # another process has made it meanwhile
+    file.unlink()
     assert "19 images, statistics of 60" in cli(capsys, "fid", *args)[1]
     expected_metrics, expected = expected_of(reference, samples, DRAWN)
     with np.load(file) as archive:  # as ADM's evaluator reads it
