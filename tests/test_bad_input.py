@@ -544,6 +544,7 @@ def test_processes_that_differ(capsys, inputs, monkeypatch, under_torchrun, scri
     """In flags, or in the files that their machines have: nothing is made."""
     def gather(everyones, mine):
         assert mine.keys() >= differs.keys() and mine != mine | differs
+        assert script != "train" or mine["run_dir"] == "out/run, at step 0"
         everyones.append(mine | differs)
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
