@@ -545,6 +545,7 @@ def test_processes_that_differ(capsys, inputs, monkeypatch, under_torchrun, scri
     def gather(everyones, mine):
         assert mine.keys() >= differs.keys() and mine != mine | differs
         assert script != "train" or mine["run_dir"] == "out/run, at step 0"
+        assert script != "fid" or mine["contents"] == 2 * [(12, extract_latents.content_id("samples.npz"))]
         everyones.append(mine | differs)
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
