@@ -319,7 +319,7 @@ class Latents:
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
         except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
-                 "extract them again, for REPA with --store-images")
+                 "remove them and extract them again, for REPA with --store-images")
 
     def rows(self, step, batch_size, seed):
         """Rows (batch_size,) of a training step's batch, cut from an endless series of shuffled epochs."""

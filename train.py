@@ -297,7 +297,7 @@ def resume(args, settings, parts):
             raise ValueError(f"its step is {step}")
         return step, state["log"]
     except Exception as error:  # files can be wrong in many ways
-        fail(f"{path} cannot be resumed from: {first_line(error)}")
+        fail(f"{path} cannot be resumed from: {first_line(error)} (give another --run-dir)")
 
 
 def start_wandb(args, settings):

@@ -190,7 +190,8 @@ class Campaign:
             user = {"training": ("sample", "--ckpt", path), "metrics": ("fid", path, "--ref", path),
                     "sampling": ("fid", path, "--ref", path), "extraction": ("train", "--data", "latents")}
             said = again(self.capsys, user[name])
-            outcome = "a sentence, when used" if path.split("/")[-1] in said else outcome
+            noticed = path.split("/")[0 if name == "extraction" else -1] in said
+            outcome = "a sentence, when used" if noticed else outcome
         return outcome if outcome != "DIFFERENT" else f"DIFFERENT: {path} {place} {cut}"
 
 
