@@ -5,6 +5,7 @@ A disk keeps what was fsynced. Of anything else, content and names alike, it may
 """
 
 import builtins
+import functools
 import json
 import os
 import shutil
@@ -124,6 +125,7 @@ class Disk:
                 tree[path + name] = partly(node.safe, node.now, fate)
 
 
+@functools.cache  # states share what they hold
 def partly(safe, now, fate):
     """A file's content when part of what was written is lost."""
     if safe == now or fate in ("lost", "there"):
