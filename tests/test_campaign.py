@@ -188,7 +188,9 @@ class Campaign:
         before, outcome = result(self.work), self.outcome(name, 1)
         if outcome == "DIFFERENT" and result(self.work) == before:  # is it noticed when used?
             user = {"training": ("sample", "--ckpt", path), "metrics": ("fid", path, "--ref", path),
-                    "sampling": ("fid", path, "--ref", path), "extraction": ("train", "--data", "latents")}
+                    "sampling": ("fid", path, "--ref", path),
+                    "extraction": ("train", *TINY, "--data", "latents", "--max-steps", 1, "--repa-depth", 2,
+                                   "--repa-encoder", "dinov2_vitt14")}
             said = again(self.capsys, user[name])
             noticed = path.split("/")[0 if name == "extraction" else -1] in said
             outcome = "a sentence, when used" if noticed else outcome
