@@ -416,10 +416,7 @@ def main():
             if args.reconstruct:
                 values["reconstructions"] = decode(vae, moments.chunk(2, dim=1)[0], 0.0, 1.0, rows).cpu()
             arrays.write(rows, **{name: values[name] for name in shapes})
-    everyones = [bad] * world_size
-    if dist.is_initialized():
-        dist.all_gather_object(everyones, bad)
-    if bad := sum(everyones, []):
+    if bad := sum(gather(bad), []):
         fail(f"{len(bad)} file(s) are no images: {'; '.join(bad[:10])} (replace them and run the same "
              f"command again, or move them away and remove {arrays.folder})")
     arrays.finish()
@@ -574,14 +571,20 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
     return rank, world_size, device
 
 
+def gather(mine):
+    """What each process gives, a list by rank."""
+    everyones = [mine]
+    if dist.is_initialized():
+        everyones *= dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+    return everyones
+
+
 def agree(mine):
     """Fail, naming what differs, unless all processes have the same dictionary."""
-    if dist.is_initialized():
-        everyones = [mine] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
-        if differ := [key for key in mine if any(other[key] != mine[key] for other in everyones)]:
-            fail(f"the processes differ in {', '.join(differ)}: all must have the same flags and see the "
-                 "same files")
+    everyones = gather(mine)
+    if differ := [key for key in mine if any(other[key] != mine[key] for other in everyones)]:
+        fail(f"the processes differ in {', '.join(differ)}: all must have the same flags and see the same files")
 
 
 def barrier():

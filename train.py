@@ -510,6 +510,7 @@ def main():
 
     # to the GPU
     rank, world_size, device = init_distributed()
+    agree({**settings, "run_dir": f"{run_dir}, at step {start}"})
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)
@@ -518,7 +519,6 @@ def main():
         compile_layers(raw_model, ema, args)
     model = raw_model
     if dist.is_initialized():
-        agree({**settings, "run_dir": f"{run_dir}, at step {start}"})
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they stay equal; as an argument, newer torch warns of it
     if rank == 0:

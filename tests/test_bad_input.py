@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import repa_e
 import torch
-from conftest import ROOT, TINY, Killed, cli, message
+from conftest import DETECTOR, ROOT, TINY, Killed, cli, message
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_faults import family, gone, started, wait_until
@@ -415,7 +415,7 @@ def inputs(latents, images, vae, checkpoint, data, tmp_path, monkeypatch):
     for name, path in {"latents": latents, "set": data, "images": images, "vae": vae, "model.pt": checkpoint,
                        "state.pt": checkpoint.parents[1] / "state.pt",
                        "settings.json": checkpoint.parents[1] / "settings.json",
-                       "detector.pt2": ROOT / "tests/data/detector.pt2"}.items():
+                       "detector.pt2": DETECTOR}.items():
         Path(name).symlink_to(path)
     Path("out").mkdir()
     np.savez("samples.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))

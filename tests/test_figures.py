@@ -15,7 +15,7 @@ import figures
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, cli, message, write_set
+from conftest import DETECTOR, TINY, cli, message, write_set
 from PIL import Image
 
 import fid
@@ -23,7 +23,6 @@ from extract_latents import decode, list_images, load_image, load_vae
 from models import SiT_models, load_encoder
 from sample import load_model, rng
 
-DETECTOR = ROOT / "tests" / "data" / "detector.pt2"
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 
 

@@ -18,13 +18,13 @@ import pytest
 import torch.distributed.run
 from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows, process
 from PIL import Image
+from test_fid import METRICS
 
 import extract_latents
 
 README = (ROOT / "README.md").read_text()
 TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
 WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
-METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e")
 
 

@@ -15,7 +15,18 @@ import pytest
 import repa_e
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, cli, drawn_numbers, drawn_rows, message, process, tiny_encoder, write_set
+from conftest import (
+    DETECTOR,
+    ROOT,
+    TINY,
+    cli,
+    drawn_numbers,
+    drawn_rows,
+    message,
+    process,
+    tiny_encoder,
+    write_set,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
@@ -461,7 +472,7 @@ def test_the_tuned_vae_is_a_vae(capsys, tuned_run, images, tmp_path):
     stored = np.load(tmp_path / "set" / "reconstructions.npy")  # for rFID
     assert abs(stored - decoded.numpy()).max() <= 1 and (stored == decoded.numpy()).mean() > 0.99
     rfid = (tmp_path / "set" / "reconstructions.npy", "--ref", tmp_path / "set" / "images.npy",
-            "--detector", ROOT / "tests/data/detector.pt2", "--num-workers", 1)
+            "--detector", DETECTOR, "--num-workers", 1)
     status, out, err = cli(capsys, "fid", *rfid)
     assert status == 0 and "FID" in out, err
     again = ("--vae-repa-depth", 0, "--max-steps", 1)  # the second stage
