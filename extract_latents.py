@@ -584,7 +584,8 @@ def agree(mine):
     """Fail, naming what differs, unless all processes have the same dictionary."""
     everyones = gather(mine)
     if differ := [key for key in mine if any(other[key] != mine[key] for other in everyones)]:
-        fail(f"the processes differ in {', '.join(differ)}: all must have the same flags and see the same files")
+        fail(f"the processes differ in {', '.join(differ)}: all must have the same flags and see the same "
+             "files")
 
 
 def barrier():
