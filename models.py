@@ -23,7 +23,7 @@ from torch.export.passes import move_to_device_pass
 
 
 def modulate(h, shift, scale):
-    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return h * (1 + scale.unsqueeze(1).to(h.dtype)) + shift.unsqueeze(1)  # in bf16, 1 + scale is rough
 
 
 class PatchEmbed(nn.Module):
@@ -64,7 +64,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         omega = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * omega
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):  # bf16 is too rough for t
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
 class LabelEmbedder(nn.Module):
@@ -96,8 +97,8 @@ class Attention(nn.Module):
 
     def forward(self, h):
         b, n, d = h.shape
-        qkv = self.qkv(h).reshape(b, n, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                     # each (B, heads, N, D/heads)
+        q, k, v = (x.reshape(b, n, self.num_heads, -1).transpose(1, 2)  # each (B, heads, N, D/heads)
+                   for x in self.qkv(h).chunk(3, dim=-1))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
@@ -156,8 +157,8 @@ class SiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000,
-                 vae_repa_depth=0, vae_repa_layers=5, repa_depth=0, repa_dim=768, sra_depth=0,
-                 tune_vae=False):
+                 vae_repa_depth=0, vae_repa_layers=5, vae_repa_loss="smooth_l1", repa_depth=0, repa_dim=768,
+                 sra_depth=0, tune_vae=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not divisible by the patch size {patch_size}")
@@ -179,6 +180,8 @@ class SiT(nn.Module):
         self.head_depths = {}
         if vae_repa_depth:
             head = AlignHead(hidden_size, patch_size, in_channels, vae_repa_layers)
+            if vae_repa_loss == "cosine":  # a zero vector has no direction: its gradient would be 1e8
+                nn.init.xavier_uniform_(head.final_layer.linear.weight)
             self.add_head("vae_repa", vae_repa_depth, head)
         if repa_depth:
             self.add_head("repa", repa_depth, Projector(hidden_size, 2048, 2048, repa_dim))

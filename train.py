@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from extract_latents import (
@@ -130,7 +131,7 @@ def training_step(model, ema, optimizer, batch, args, epoch):
         losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
         sum(weights[name] * loss for name, loss in losses.items()).backward()  # Eq. 8
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
-    means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    means["grad_norm"] = clip_grad_norm_(model.parameters(), args.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     update_ema(ema, model, args.ema_decay)
@@ -218,7 +219,9 @@ def vae_step(tuned, model, batch, args):
     """
     weights = {"l1": args.l1_weight, "kl": args.kl_weight, "tune_repa": args.tune_repa_weight,
                "lpips": args.lpips_weight, "gan": args.gan_weight}
-    latents, means = [], {}
+    latents, means, frozen = [], {}, [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:  # compiled blocks would compute the gradients of all their weights
+        p.requires_grad_(False)
     for micro in micro_batches(batch, args):
         z, losses = vae_losses(tuned, model, micro, args)
         latents.append(z.detach())
@@ -227,13 +230,15 @@ def vae_step(tuned, model, batch, args):
         if "gan" in tuned:
             losses.pop("discriminator").backward()  # the rest is the VAE's
         loss = sum(weights[name] * loss for name, loss in losses.items())
-        loss.backward(inputs=list(tuned["vae"].parameters()))  # neither SiT's nor the discriminator's
+        loss.backward(inputs=list(tuned["vae"].parameters()))  # not the discriminator's
+    for p in frozen:
+        p.requires_grad_()
     for name, module in tuned.items():
         trained = [p for p in module.parameters() if p.grad is not None]
-        for p in trained:
-            mean_over_processes(p.grad)
         if trained:  # LPIPS has none
-            means[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+            gradients = [p.grad for p in trained]  # averaged as one tensor, for speed
+            vector_to_parameters(mean_over_processes(parameters_to_vector(gradients)), gradients)
+            means[f"{name}_grad_norm"] = clip_grad_norm_(trained, args.grad_clip)
     return model.bn.update(torch.cat(latents)), means
 
 
@@ -372,6 +377,7 @@ def make_parser():
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
+    add("--activation-memory", type=fraction, default=1, help="part to keep, if compiled, not compute again")
     add = parser.add_argument_group("output").add_argument
     add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
@@ -408,8 +414,8 @@ def parse_args():
 
 
 # what a resume may change
-FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "lpips_weights", "wandb")
+FREE = ("run_dir", "micro_batch", "max_steps", "compile", "activation_memory", "log_every", "ckpt_every",
+        "state_every", "sample_every", "lpips_weights", "wandb")
 
 
 def default_run_dir(args, parser):
@@ -481,6 +487,7 @@ def build(args, facts):
 def compile_layers(model, ema, args):
     """Compile layer by layer, which is quick, for fixed sizes: sample grids have others."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph in three
+    torch._functorch.config.activation_memory_budget = args.activation_memory
     teacher = ema.blocks[: args.sra_teacher_depth] if args.sra_depth else []
     for layer in (*model.blocks, *model.heads.values(), model.final_layer, *teacher):
         layer.compile(dynamic=False)

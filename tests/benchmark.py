@@ -1,7 +1,7 @@
 """What this repository costs on this machine's GPU, or CPU: `python tests/benchmark.py MODE`.
 
     train    a training step of plain SiT, VAE-REPA, REPA and SRA, beside the paper's Table 4
-    profile  where the time of VAE-REPA's step goes, by kind of kernel
+    profile  where the time of VAE-REPA's step goes, by kind of kernel, beside the least it could take
     memory   the largest --micro-batch in 24, 40 and 80 GiB: by the peaks of two, or on a CPU computed
     sample   sample.py, beside itself in float32, eager, with TF32; hours for 50,000 images
     extract  extract_latents.py; hours for ImageNet
@@ -9,9 +9,10 @@
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
 turns, ratios medians over pairs. After the first, no turn begins that would end after 8 minutes; a mode that
-is not done after 9.5 minutes ends without figures. train holds all its methods at once: four of SiT-XL/2
-take 60 GB. Weights, latents and images are random. sample and extract are timed on some images and on twice
-as many, and subtracted.
+is not done after 9.5 minutes ends without figures, but for what the JSON file holds, which is written after
+each turn and, by memory, after each method. train holds all its methods at once: four of SiT-XL/2 take 60 GB,
+and 0.3 GB more for each image of the largest --micro-batch. Weights, latents and images are random. sample
+and extract are timed on some images and on twice as many, and subtracted.
 
 "of the products' rate": the time of the network's matrix products (of SiT's alone in sample) at the speed of
 large ones, over the time taken. "of the limit": that time and the optimizer's least, over the time taken.
@@ -36,8 +37,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_inductor_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,8 +51,8 @@ import extract_latents  # these are found only now
 import fid
 import sample
 import train
-from extract_latents import Parser, encode, fail, load_vae, positive_int, read_ahead, write_json
-from models import ALIGN_DEPTHS, Encoder, SiT_models, build_model
+from extract_latents import Parser, encode, fail, fraction, load_vae, positive_int, read_ahead, write_json
+from models import ALIGN_DEPTHS, LPIPS, SIZES, Encoder, SiT_models, build_model
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
 PAPER_ROWS = "external, M", "head, M", ON_8, "GFLOPs", FORWARD  # Table 4, on H100s
@@ -83,6 +86,7 @@ def take_turns(work, args, warm_up=True):
             taken = timed(work[name])
             seconds[name] += [taken] if turn >= 0 else []  # turn -1 compiles and warms up
         longest = max(longest, time.monotonic() - started) if turn >= 0 else 0
+        write_json(args.json, args.details)
     return seconds
 
 
@@ -114,7 +118,9 @@ def train_args(method, args, *flags):
     encoder = "dinov2_vitt14" if size == "SiT-Ti" else "dinov2_vitl14"  # the table's is L
     depth, sra_depth = ALIGN_DEPTHS.get(size, 2), {"SiT-XL": 8, "SiT-L": 6, "SiT-Ti": 2}.get(size, 3)
     depth = {"plain": [], "VAE-REPA": ["--vae-repa-depth", depth], "SRA": ["--sra-depth", sra_depth],
-             "REPA": ["--repa-depth", depth, "--repa-encoder", encoder]}[method]
+             "REPA": ["--repa-depth", depth, "--repa-encoder", encoder],
+             "REPA-E": ["--repa-depth", depth, "--repa-encoder", encoder.replace("vitl", "vitb"),
+                        "--tune-vae"]}[method]
     with command("train", "--model", args.model, "--vae-repa-depth", 0, *depth, *flags):
         return train.parse_args()
 
@@ -172,14 +178,18 @@ def least_seconds(work, images, rates):
 
 
 def build(method, args, folder, *sizes):
-    """({size: train.py's arguments}, latents, model, EMA model, REPA's encoder or None)."""
+    """({size: train.py's arguments}, latents, model, EMA model, REPA's encoder or None, what REPA-E tunes).
+
+    A size is (images of a step, images of a forward).
+    """
     flags = ("--data", folder, "--run-dir", f"{folder}/{method} {sizes[0]}", "--sample-every", 0,
-             "--micro-batch", args.micro_batch, "--precision", args.precision, "--batch-size")
-    run_args = {n: train_args(method, args, *flags, n) for n in sizes}
-    latents = extract_latents.Latents(folder, extras=["images"] if method == "REPA" else [])
+             "--precision", args.precision, "--activation-memory", args.activation_memory, "--lpips-weights",
+             folder / "vgg.pth", folder / "lin.pth", "--batch-size")
+    run_args = {(n, micro): train_args(method, args, *flags, n, "--micro-batch", micro) for n, micro in sizes}
+    latents = extract_latents.Latents(folder, extras=["images"] if "REPA" in method.split("-") else [])
     with mock.patch.object(train, "load_encoder", random_encoder):
-        model, ema, encoder, _, _ = train.build(run_args[sizes[0]], latents.facts)
-    return run_args, latents, model, ema, encoder
+        model, ema, encoder, tuned, _ = train.build(run_args[sizes[0]], latents.facts)
+    return run_args, latents, model, ema, encoder, tuned
 
 
 class Run:
@@ -188,17 +198,19 @@ class Run:
     def __init__(self, method, args, folder, *sizes):
         held, started, first = torch.cuda.memory_allocated(), time.perf_counter(), sizes[0]
         self.device, self.step = args.device, 0
-        self.args, latents, self.model, self.ema, self.encoder = build(method, args, folder, *sizes)
-        for module in filter(None, (self.model, self.ema, self.encoder)):
+        self.args, latents, self.model, self.ema, self.encoder, self.tuned = build(
+            method, args, folder, *sizes)
+        for module in filter(None, (self.model, self.ema, self.encoder, self.tuned)):
             module.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=0, fused=True)
+        trained = [*self.model.parameters(), *self.tuned.parameters()]
+        self.optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0, fused=True)
         torch.compiler.reset()  # else a method would not pay for layers that an earlier one compiled
         if args.compile:
             train.compile_layers(self.model, self.ema, self.args[first])
         self.stored = {}
-        for n in self.args:
-            rows = map(partial(latents.rows, batch_size=n, seed=0), itertools.count())
-            self.stored[n] = read_ahead(latents.read, rows, threads=4)
+        for size in sizes:
+            rows = map(partial(latents.rows, batch_size=size[0], seed=0), itertools.count())
+            self.stored[size] = read_ahead(latents.read, rows, threads=4)
         self.kept = next(self.stored[first])  # a batch to repeat
         with fresh_inductor_cache():
             timed(partial(self.take_steps, 1, first))
@@ -219,10 +231,12 @@ class Run:
         return batch
 
     def take_steps(self, steps, size, repeated=None):
-        """Training steps of `size` images read from disk, or of one batch that is repeated."""
+        """Training steps of a size, of images read from disk, or of one batch that is repeated."""
         args = self.args[size]
         for _ in range(steps):
             batch = self.add_tokens(self.batch(repeated or next(self.stored[size]), args), args)
+            if self.tuned:
+                batch["x"], _ = train.vae_step(self.tuned, self.model, batch, args)
             train.training_step(self.model, self.ema, self.optimizer, batch, args, 0)
             self.step += 1
 
@@ -236,28 +250,32 @@ class Run:
 
 
 def measure_train(args, folder):
-    small, large = args.micro_batch, args.batch_size
-    steps = {small: args.steps, large: max(args.steps * small // large, 1)}
-    runs = {name: Run(name, args, folder, *steps) for name in args.methods}
-    work = {f"{name} {n}": partial(r.take_steps, steps[n], n) for name, r in runs.items() for n in steps}
-    work |= {f"{name} again": partial(r.take_steps, steps[small], small, r.kept) for name, r in runs.items()}
+    small, large = args.micro_batch[0], args.batch_size
+    sizes = {f"{small}": (small, small)} | {f"{large} by {n}": (large, n) for n in args.micro_batch}
+    steps = {label: max(args.steps * small // n, 1) for label, (n, _) in sizes.items()}
+    runs = {name: Run(name, args, folder, *sizes.values()) for name in args.methods}
+    work = {f"{name} {label}": partial(r.take_steps, steps[label], size)
+            for name, r in runs.items() for label, size in sizes.items()}
+    work |= {f"{name} again": partial(r.take_steps, args.steps, (small, small), r.kept)
+             for name, r in runs.items()}
     seconds, columns = take_turns(work, args), {}
     latency = take_turns({name: r.forward_one for name, r in runs.items()}, args)
     rates = device_rates(args, args.precision)
     for name, r in runs.items():
-        rows = columns[name] = count_work(r.args[small])
+        rows = columns[name] = count_work(r.args[small, small])
         rows |= {FORWARD: 1e3 * median(latency[name]), "start-up, s": r.start_up,
                  "peak memory, GiB": r.peak_gib,
                  "products, TFLOP/s": rates[0] / 1e12, "copies, TB/s": rates[1] / 1e12,
                  "reading / repeated batch": paired(seconds[f"{name} {small}"], seconds[f"{name} again"])}
-        for n in steps:
-            step = median(seconds[f"{name} {n}"]) / steps[n]
+        for label, (n, _) in sizes.items():
+            step = median(seconds[f"{name} {label}"]) / steps[label]
             products, optimizer = least_seconds(rows, n, rates)
-            rows |= {f"{n}: step, ms": 1e3 * step, f"{n}: images/s": n / step,
-                     f"{n}: of the products' rate": products / step,
-                     f"{n}: of the limit": (products + optimizer) / step}
+            rows |= {f"{label}: step, ms": 1e3 * step, f"{label}: images/s": n / step,
+                     f"{label}: of the products' rate": products / step,
+                     f"{label}: of the limit": (products + optimizer) / step}
             if "plain" in runs:
-                rows[f"{n}: step / plain's"] = paired(seconds[f"{name} {n}"], seconds[f"plain {n}"])
+                rows[f"{label}: step / plain's"] = paired(seconds[f"{name} {label}"],
+                                                          seconds[f"plain {label}"])
         rows[ON_8] = rows[f"{small}: images/s"] * 8 / 256
     return columns
 
@@ -284,11 +302,52 @@ def kernel_ms(events, cuda):
             if not cuda or event.device_type.name == "CUDA" and not event.is_user_annotation]
 
 
+def attention_kernels(args):
+    """Names of the kernels, on a CPU of the operators, that torch takes for attention, both ways."""
+    size, patch = args.model.split("/")
+    _, width, heads = SIZES[size]
+    shape, dtype = (3, args.micro_batch[0], heads, (32 // int(patch)) ** 2, width // heads), torch.float32
+    dtype = torch.bfloat16 if args.precision == "bf16" else dtype
+    q, k, v = torch.zeros(shape, device=args.device, dtype=dtype, requires_grad=True)
+    with torch.profiler.profile() as profiler:
+        timed(F.scaled_dot_product_attention(q, k, v).sum().backward)
+    names = [name for _, name in kernel_ms(profiler.key_averages(), torch.cuda.is_available())]
+    return [name for name in names if kind_of(name) == "attention"]
+
+
+def element_wise_bytes(model, args):
+    """Bytes that the compiler's element-wise kernels read and write in a step's layers, by its own count."""
+    h = torch.zeros(args.micro_batch[0], *model.pos_embed.shape[1:], device=args.device, requires_grad=True)
+    c, counted, codegen = h[:, 0].detach().requires_grad_(), [], GraphLowering.codegen
+    layers = [(layer, 1) for layer in (model.final_layer, *model.heads.values())]
+
+    def counting(graph):
+        code = codegen(graph)
+        counted.extend(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes
+                       if not node.is_extern())
+        return code
+
+    total = 0
+    for layer, count in [(model.blocks[0], len(model.blocks)), *layers]:
+        counted.clear()
+        torch.compiler.reset()
+        with mock.patch.object(GraphLowering, "codegen", counting), fresh_inductor_cache():
+            with sample.autocast(args.device, args.precision):
+                y = layer(h, c)
+            y.sum().backward()
+        total += count * sum(counted)
+    model.zero_grad()
+    return total
+
+
 def measure_profile(args, folder):
     """Beside the time of each kind of kernel stands the least that it could take, where that can be told: for
-    products and attention at the products' rate, for what reads and writes parameters at a copy's. As kernels
-    of their own, optimizer, EMA and clipping move 52 bytes a parameter instead of 40."""
-    steps = partial(Run("VAE-REPA", args, folder, args.micro_batch).take_steps, args.steps, args.micro_batch)
+    products and attention at the products' rate, for the rest at a copy's. As kernels of their own,
+    optimizer, EMA and clipping move 52 bytes a parameter instead of 40. With TORCHINDUCTOR_PROFILE=1 in the
+    environment torch prints the bytes/s of each kernel that it compiled."""
+    size = (args.micro_batch[0],) * 2
+    run = Run("VAE-REPA", args, folder, size)
+    steps = partial(run.take_steps, args.steps, size)
     step = 1e3 * median(take_turns({"step": steps}, args)["step"]) / args.steps
     with torch.profiler.profile() as profiler:
         timed(steps)
@@ -299,11 +358,13 @@ def measure_profile(args, folder):
         rows[kind] = rows.get(kind, 0) + ms
     args.details["kernels"] = kernels
     work, rates = count_work(train_args("VAE-REPA", args)), device_rates(args, args.precision)
-    products, optimizer = (1e3 * seconds for seconds in least_seconds(work, args.micro_batch, rates))
+    products, optimizer = (1e3 * seconds for seconds in least_seconds(work, size[0], rates))
     layers = work["GFLOPs"] / work["GFLOPs with attention"]
-    limit = {"a step": products + optimizer,
-             "matrix products": layers * products, "attention": (1 - layers) * products,
+    limit = {"matrix products": layers * products, "attention": (1 - layers) * products,
              "optimizer": 28 / 40 * optimizer, "EMA": 12 / 40 * optimizer, "clipping": 12 / 40 * optimizer}
+    if args.compile:
+        limit["compiled element-wise"] = 1e3 * element_wise_bytes(run.model, args) / rates[1]
+    limit["a step"] = sum(limit.values())
     return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()},
             "the least, ms": {row: limit.get(row, 0.0) for row in rows}}
 
@@ -318,50 +379,75 @@ def measure_memory(args, folder):
         for gib in (24, 40, 80):
             most = int((0.9 * gib * 2**30 - fixed) // each)
             columns[name][f"largest --micro-batch in {gib} GiB"] = max(most, 0)
+        write_json(args.json, {**args.details, "figures": columns})
     return columns
+
+
+def write_tuning(args, folder):
+    """What REPA-E loads, with random weights: the VAE, VGG16 and LPIPS's."""
+    widths = [int(w) for w in "64 64 128 128 256 256 256 512 512 512 512 512 512".split()]
+    numbers = [n for stage in LPIPS.STAGES for n in stage]
+    vgg = {f"features.{n}.weight": torch.randn(b, a, 3, 3) / (3 * a**0.5)
+           for n, a, b in zip(numbers, [3, *widths], widths)}
+    vgg |= {f"features.{n}.bias": torch.zeros(b) for n, b in zip(numbers, widths)}
+    torch.save(vgg, folder / "vgg.pth")
+    torch.save({f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1)
+                for i, w in enumerate((64, 128, 256, 512, 512))}, folder / "lin.pth")
+    write_json(folder / "latents.json", {**DATA, "vae": make_vae(args, folder)})
 
 
 def peak_bytes(method, args, folder):
     """Bytes (without images, of an image), by the peaks of two sizes of --micro-batch."""
     peaks = []
-    for args.micro_batch in (8, 24):
+    for micro in (8, 24):
         torch.compiler.reset()
         gc.collect()  # compiled layers are cycles
-        peaks.append(2**30 * Run(method, args, folder, 2 * args.micro_batch).peak_gib)
+        peaks.append(2**30 * Run(method, args, folder, (2 * micro, micro)).peak_gib)
     each = (peaks[1] - peaks[0]) / 16
     return peaks[0] - 8 * each, each
 
 
 def computed_bytes(method, args, folder):
     """Bytes (without images, of an image): weights, gradients, AdamW's two moments, EMA, REPA's encoder; and
-    what a forward saves for its backward.
+    what a forward saves for its backward. REPA-E has two, one after the other: the VAE's saves more.
     """
     torch.compiler.reset()
-    args.micro_batch = 4
-    run_args, latents, model, ema, encoder = build(method, args, folder, 4)
+    few, many = (1, 2) if method == "REPA-E" else (2, 4)
+    run_args, latents, model, ema, encoder, tuned = build(method, args, folder, (many, many))
+    run_args, saved = run_args[many, many], {}
     if args.compile:  # the compiler's choice of what is saved and what computed again, without its kernels
         partition = partial(torch.compile, backend="aot_eager_decomp_partition")
         with mock.patch.object(torch, "compile", partition):
-            train.compile_layers(model, ema, run_args[4])
-    stored, saved = latents.read(range(4)), {}
-    batch = train.make_batch(stored, 0, model.null_class, run_args[4], slice(4), args.device)
+            train.compile_layers(model, ema, run_args)
+    batch = latents.read(range(many))
+    batch = train.make_batch(batch, 0, model.null_class, run_args, slice(many), args.device)
     if encoder:
-        batch["tokens"] = train.image_tokens(encoder, batch, run_args[4])
-    for n in (2, 4):
+        batch["tokens"] = train.image_tokens(encoder, batch, run_args)
+    for n in (few, many):
         part = {name: values[:n] for name, values in batch.items()}
-        with sample.autocast(args.device, args.precision):
-            saved[n] = saved_bytes(model, train.training_losses, model, ema, part, run_args[4])
-    each = (saved[4] - saved[2]) / 2
+        if tuned:
+            forward = partial(train.vae_step, tuned, model, part, run_args)
+        else:
+            forward = partial(train.training_losses, model, ema, part, run_args)
+        saved[n] = saved_bytes([model, tuned], forward, args)
+    each = (saved[many] - saved[few]) / (many - few)
+    tuning = 4 * sum(b.numel() for b in tuned.buffers()) + 16 * sum(p.numel() for p in tuned.parameters())
     trained, external = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, encoder))
-    return saved[2] - 2 * each + 20 * trained + 4 * external, each
+    return saved[few] - few * each + 20 * trained + 4 * external + tuning, each
 
 
-def saved_bytes(model, function, *inputs):
-    """Bytes that function(*inputs) saves for its backward pass, the model's own tensors aside."""
-    storages, own = [], [x.untyped_storage().data_ptr() for x in model.state_dict().values()]
+def saved_bytes(modules, forward, args):
+    """Bytes that forward() saves for backward passes, the modules' own tensors aside.
+
+    In bf16 group norms, which CUDA's autocast leaves in float32 and a CPU's does not, are in float32.
+    """
+    storages, own = [], [x.untyped_storage().data_ptr() for module in modules
+                         for x in (*module.parameters(), *module.buffers())]
     hooks = (lambda x: storages.append(x.untyped_storage()) or x), (lambda x: x)
-    with torch.autograd.graph.saved_tensors_hooks(*hooks):
-        function(*inputs)
+    group_norm = F.group_norm
+    with torch.autograd.graph.saved_tensors_hooks(*hooks), sample.autocast(args.device, args.precision), \
+            mock.patch.object(F, "group_norm", lambda x, *of: group_norm(x.float(), *of)):
+        forward()
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # all are alive
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
@@ -477,7 +563,7 @@ def print_table(columns, paper):
 
 def too_slow(args, number, frame):
     fail(f"{args.mode} does not end within 10 minutes here: lower --steps, --count or --batch-size, or give "
-         "fewer --methods or a smaller --model")
+         f"fewer --methods or a smaller --model ({args.json} holds what was measured, if anything)")
 
 
 MODES = {"train": measure_train, "profile": measure_profile, "memory": measure_memory,
@@ -490,13 +576,18 @@ def parse_args():
     add("mode", choices=MODES)
     add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="to run on")
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
-    add("--methods", choices=PAPER, nargs="+", default=list(PAPER), help="of train and memory")
+    add("--methods", choices=[*PAPER, "REPA-E"], nargs="+", help="of train and memory (default: all but "
+        "REPA-E, which only memory knows)")
+    add("--micro-batch", type=positive_int, nargs="+", default=[32], help="images of a training forward; "
+        "train does its larger step with each")
+    add("--activation-memory", type=fraction, default=1, help="as train.py's")
+    add("--attention", choices=["flash", "cudnn"], default="flash", help="of train and profile, on a GPU")
     add("--precision", choices=["bf16", "fp32"], help="of training (default: as train.py's)")
     add("--compile", action=argparse.BooleanOptionalAction, help="of training (default: as train.py's)")
-    add("--vae", help="of sample and extract (default: one of SD-VAE's size)")
+    add("--vae", help="of sample, extract and REPA-E (default: one of SD-VAE's size)")
     add("--json", help="file to write (default: runs/benchmark-MODE-MODEL.json)")
     for name, default, text in (
-            ("micro-batch", 32, "images of a training forward"), ("repeats", 5, "turns"),
+            ("repeats", 5, "turns"),
             ("batch-size", None, "of train's larger step (default: 256), or of a forward (64)"),
             ("steps", None, "of a turn of training (default: 20), or of the sampler (250)"),
             ("count", None, "images of extract (default: 2048), samples of fid (50000)"),
@@ -513,6 +604,10 @@ def parse_args():
     args.compile = as_on_gpus if args.compile is None else args.compile
     if "RANK" in os.environ:
         fail("it measures one device: start it without torchrun")
+    args.methods = args.methods or list(PAPER)
+    if "REPA-E" in args.methods and args.mode != "memory":
+        fail(f"REPA-E is a method of memory, not of {args.mode}")
+    args.json = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"
     return args
 
 
@@ -524,20 +619,25 @@ def main():
     args.device, args.deadline = torch.device(args.device), time.monotonic() + LAST_TURN
     args.details = {"made_with": made_with, "seconds": {}}
     torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # as torch has it, but not in float32
+    torch.backends.cuda.enable_flash_sdp(args.attention == "flash")
+    torch.backends.cuda.enable_cudnn_sdp(args.attention == "cudnn")
     # the scripts take a GPU where there is one
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: cuda):
         signal.signal(signal.SIGALRM, partial(too_slow, args))
         signal.setitimer(signal.ITIMER_REAL, LAST, 5)
         try:
             write_latents(Path(folder))
+            if "REPA-E" in args.methods:
+                write_tuning(args, Path(folder))
+            if args.mode in ("train", "profile"):
+                made_with["attention kernels"] = attention_kernels(args)
             columns = MODES[args.mode](args, Path(folder))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"\n{made_with}\n")
     print_table(columns, PAPER if args.mode == "train" and args.model == "SiT-XL/2" else {})
-    out = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"
-    write_json(out, {**args.details, "figures": columns})
-    print(out)
+    write_json(args.json, {**args.details, "figures": columns})
+    print(args.json)
 
 
 if __name__ == "__main__":
