@@ -580,7 +580,7 @@ def parse_args():
         "REPA-E, which only memory knows)")
     add("--micro-batch", type=positive_int, nargs="+", default=[32], help="images of a training forward; "
         "train does its larger step with each")
-    add("--activation-memory", type=fraction, default=1, help="as train.py's")
+    add("--activation-memory", type=fraction, default=1, help="as train.py's, of train and profile")
     add("--attention", choices=["flash", "cudnn"], default="flash", help="of train and profile, on a GPU")
     add("--precision", choices=["bf16", "fp32"], help="of training (default: as train.py's)")
     add("--compile", action=argparse.BooleanOptionalAction, help="of training (default: as train.py's)")
@@ -607,6 +607,8 @@ def parse_args():
     args.methods = args.methods or list(PAPER)
     if "REPA-E" in args.methods and args.mode != "memory":
         fail(f"REPA-E is a method of memory, not of {args.mode}")
+    if args.activation_memory < 1 and args.mode == "memory":
+        fail("what --activation-memory keeps of an image depends on --micro-batch: train prints the peak")
     args.json = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"
     return args
 

@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, cli, message
 from torch.nn.functional import interpolate
 
+import train
 from extract_latents import encode, load_vae
-from models import SiT_models, SiTBlock
+from models import LPIPS, Discriminator, SiT_models, SiTBlock
 
 SMALL = [*"--device cpu --precision fp32 --no-compile --model SiT-Ti/2 --repeats 1".split(),
          "--vae", ROOT / "tests" / "data" / "vae"]
@@ -132,6 +133,43 @@ def test_memory_on_paper(capsys, tmp_path, one_thread):
 
 
 @pytest.mark.slow
+def test_repa_es_memory_on_paper(capsys, tmp_path, one_thread):
+    """REPA's, and 16 bytes a parameter that is tuned, 4 of LPIPS; an image's is the VAE's and more."""
+    flags = ("memory", *SMALL, "--methods", "REPA", "REPA-E")
+    figures = measured(capsys, tmp_path / "b.json", *flags)[0]["figures"]
+    benchmark.write_tuning(SimpleNamespace(vae=str(SMALL[-1])), tmp_path)
+    buffers = LPIPS(*(torch.load(tmp_path / f"{name}.pth") for name in ("vgg", "lin"))).buffers()
+    tuned = [p for module in (load_vae(SMALL[-1]), Discriminator()) for p in module.parameters()]
+    fixed = 16 * sum(p.numel() for p in tuned) + 4 * sum(b.numel() for b in buffers)
+    more = 2**30 * (figures["REPA-E"]["without images, GiB"] - figures["REPA"]["without images, GiB"])
+    assert more == pytest.approx(fixed, rel=0.01)
+    assert figures["REPA-E"]["an image, MiB"] > 200  # of the decoder's last stage alone 14 maps of 16 x 256^2
+
+
+def test_activation_memory_is_less_and_the_gradients_equal(monkeypatch):
+    gradients, saved, partition = [], [], partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", partition)
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1)
+    h, c = torch.randn(16, 64, 32), torch.randn(16, 32)
+    for part in (1, 0.5):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = SiT_models["SiT-Ti/2"](hidden_size=32, depth=1, vae_repa_depth=1)
+        torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight)
+        flags = ("--activation-memory", part, "--precision", "bf16")
+        args = benchmark.train_args("VAE-REPA", SimpleNamespace(model="SiT-Ti/2"), *flags)
+        args.device = torch.device("cpu")
+        train.compile_layers(model, model, args)
+        outputs = []
+        saved.append(benchmark.saved_bytes(
+            [model], lambda: outputs.append(model.blocks[0](h.requires_grad_(), c)), args))  # noqa: B023
+        outputs[0].square().sum().backward()
+        gradients.append([p.grad for p in model.blocks[0].parameters()])
+    assert saved[1] < 0.75 * saved[0]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_memory_is_the_compilers(monkeypatch, capsys, tmp_path):
     """With Inductor's kernels as with its partition alone."""
@@ -217,7 +255,9 @@ def test_tf32_is_the_plain_samplers_alone(monkeypatch):
 @pytest.mark.parametrize(("words", "says"), [
     ("train --device cuda", "needs"), ("fly", "fly"), ("profile --steps 0", "steps"),
     ("train --batch-size 3 --micro-batch 2", "divisible"), ("extract --count 1 --vae nowhere", "nowhere"),
-    ("train --modle x", "--modle"), ("train --model SiT-Ti/4 --methods REPA", "16x16")])
+    ("train --modle x", "--modle"), ("profile --methods REPA-E", "REPA-E is a method of memory"),
+    ("memory --activation-memory 0.5", "depends on --micro-batch"),
+    ("train --model SiT-Ti/4 --methods REPA", "16x16")])
 def test_bad_flags(words, says, capsys):
     status, _, stderr = cli(capsys, "benchmark", "--device=cpu", *words.split())
     assert status == 2 and says in message(stderr)

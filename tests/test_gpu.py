@@ -1,5 +1,6 @@
 """On a GPU, else skipped: training, resumed, under torchrun, compiled and in bf16, is the run of eager
-float32 to rounding; samples, extraction and Inception are those of float32 or the CPU; the benchmark runs."""
+float32 to rounding, and so is attention; samples, extraction and Inception are those of float32 or the CPU;
+the benchmark runs."""
 
 import json
 from copy import deepcopy
@@ -7,29 +8,57 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, cli, process
+import torch.nn.functional as F
+from conftest import ROOT, TINY, cli, process
 from test_alignments import METHODS, flags_of
 from test_fid import inception  # noqa: F401  (a fixture)
 from test_repa_e import common, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
 from test_train import assert_close_run, fit, log
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from extract_latents import init_distributed
 
 pytestmark = pytest.mark.usefixtures("gpu")
 ROUNDED = ("--precision", "bf16", "--compile")
 
 
 def test_resume_under_torchrun(data, tmp_path):
-    """Data, noise, dropout and weights, in float32, on two GPUs if there are two; and about so in bf16."""
+    """Data, noise, dropout and weights, in float32, with DDP of one process and on two GPUs, if there are
+    two; and about so in bf16, compiled."""
     flags, two = (*TINY, "--data", data, "--lr", 1e-4, "--max-steps"), min(torch.cuda.device_count(), 2)
-    for run, steps, processes, more in (("whole", 6, 1, ()), ("halves", 3, two, ()), ("halves", 6, two, ()),
-                                        ("rounded", 6, two, ROUNDED)):
+    for run, steps, processes, more in (
+            ("whole", 6, 0, ()), ("one", 6, 1, ()), ("halves", 3, two, ()), ("halves", 6, two, ()),
+            ("rounded by one", 6, 1, ROUNDED), ("rounded", 6, two, ROUNDED)):
         process("train", *flags, steps, "--run-dir", tmp_path / run, *more, processes=processes)
-    assert_close_run(tmp_path / "whole", tmp_path / "halves", 6)
-    for a, b in zip(log(tmp_path / "rounded"), log(tmp_path / "whole"), strict=True):
-        assert a["denoising"] == pytest.approx(b["denoising"], rel=0.03)
-        assert a["memory_gib"] > 0
+    for run in ("one", "halves"):
+        assert_close_run(tmp_path / "whole", tmp_path / run, 6)
+    for run in ("rounded by one", "rounded"):
+        for a, b in zip(log(tmp_path / run), log(tmp_path / "whole"), strict=True):
+            assert a["denoising"] == pytest.approx(b["denoising"], rel=0.03)
+            assert a["memory_gib"] > 0
+
+
+@pytest.mark.parametrize("cudnn", [False, True])
+def test_attention(cudnn):
+    """Of SiT-XL/2's shape in bf16, strided as SiT has it: output and gradients are float32's, of plain
+    products, but for bf16's rounding. `init_distributed` leaves flash attention, not cuDNN's."""
+    init_distributed()
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    torch.manual_seed(0)
+    qkv = 2 * torch.randn(32, 256, 3 * 16 * 72, device="cuda").bfloat16()
+    weight, results = torch.randn(32, 16, 256, 72, device="cuda").bfloat16(), []
+    kernels = [SDPBackend.MATH], [SDPBackend.CUDNN_ATTENTION if cudnn else SDPBackend.FLASH_ATTENTION]
+    for dtype, kernel in zip((torch.float32, torch.bfloat16), kernels):
+        x = qkv.to(dtype).requires_grad_()
+        q, k, v = (part.reshape(32, 256, 16, 72).transpose(1, 2) for part in x.chunk(3, dim=-1))
+        with sdpa_kernel(kernel):
+            y = F.scaled_dot_product_attention(q, k, v)
+            y.backward(weight.to(dtype))
+        results.append((y, *x.grad.chunk(3, dim=-1)))
+    for ours, exact in zip(results[1], results[0]):
+        assert ours.isfinite().all() and (ours.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_compiled_is_eager(capsys, data, tmp_path):
@@ -100,10 +129,17 @@ def test_inception(inception):  # noqa: F811
         assert (ours[name].cpu() - value).norm() < 1e-4 * value.norm(), name
 
 
-@pytest.mark.parametrize("mode", ["train --batch-size 8 --steps 2", "profile --steps 2", "memory"])
+@pytest.mark.parametrize("mode", [
+    "train --methods plain VAE-REPA --batch-size 8 --steps 2 --micro-batch 4 8", "profile --steps 2",
+    "train --methods VAE-REPA --batch-size 8 --steps 2 --attention cudnn --activation-memory 0.5",
+    "memory --methods VAE-REPA REPA-E"])
 def test_benchmark(capsys, mode, tmp_path):
-    flags = "--model SiT-Ti/2 --methods plain VAE-REPA --micro-batch 4 --repeats 1".split()
-    status, _, err = cli(capsys, "benchmark", *mode.split(), *flags, "--json", tmp_path / "b.json")
+    flags = "--model SiT-Ti/2 --repeats 1".split()
+    files = "--vae", ROOT / "tests" / "data" / "vae", "--json", tmp_path / "b.json"
+    status, _, err = cli(capsys, "benchmark", *mode.split(), *flags, *files)
     assert status == 0, err
-    for column in json.loads((tmp_path / "b.json").read_text())["figures"].values():
+    written = json.loads((tmp_path / "b.json").read_text())
+    for column in written["figures"].values():
         assert all(np.isfinite(value) and value >= 0 for value in column.values())
+    if mode.startswith("train"):
+        assert written["made_with"]["attention kernels"]
