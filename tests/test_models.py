@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from models import SiT, SiT_models
+from models import SiT, SiT_models, patchify
+from train import alignment_loss
 
 SMALL = {"input_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 32, "depth": 4, "num_heads": 4}
 
@@ -227,6 +228,31 @@ def test_initialisation():
             bound = math.sqrt(6 / sum(rows.shape))
             assert 0.98 * bound < p.abs().max() <= bound, name
             assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+
+
+def test_a_cosine_has_a_direction():
+    """With it the head's last layer does not start at zero, and its first gradient is not 1e8; all else is
+    as ever."""
+    plain, cosine = (torch.manual_seed(0) and SiT(**SMALL, vae_repa_depth=2, vae_repa_loss=loss)
+                     for loss in ("smooth_l1", "cosine"))
+    changed = [name for (name, a), b in zip(plain.named_parameters(), cosine.parameters())
+               if not torch.equal(a, b)]
+    assert changed == ["heads.vae_repa.final_layer.linear.weight"]
+    x, t, y = inputs()
+    _, heads = cosine(x, t, y, return_align=True)
+    alignment_loss(heads["vae_repa"], patchify(x, like=heads["vae_repa"]), "cosine").mean().backward()
+    assert 0 < sum(p.grad.norm() for p in cosine.heads.parameters()) < 10
+
+
+def test_bf16_keeps_what_is_small():
+    """Autocast rounds products alone: neither t's embedding, nor 1 + scale, which it would make a 1."""
+    model = SiT(**SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, c = model.embed(*inputs())
+    assert torch.equal(c, model.embed(*inputs())[1]) and h.dtype == c.dtype == torch.float32
+    shift, scale = torch.full((2, 1, 8), 2.0**-10, dtype=torch.bfloat16)
+    h = torch.ones(1, 3, 8)
+    assert torch.equal(models.modulate(h, shift, scale), h + 2.0**-9)
 
 
 @pytest.mark.parametrize("sizes", [

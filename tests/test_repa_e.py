@@ -223,9 +223,10 @@ def reached(loss, modules):
     return found
 
 
-def test_where_gradients_go(tuning, vae):
+def test_where_gradients_go(monkeypatch, tuning, vae):
     """Reconstruction's to decoder and encoder, KL's and REPA's to the encoder alone, the hinge loss's to the
-    discriminator; and a step leaves none on SiT and its head."""
+    discriminator; and a step leaves none on SiT and its head, which are frozen meanwhile: compiled, they
+    would be computed. Processes exchange one tensor for the VAE, one for the discriminator."""
     torch.manual_seed(0)
     kl = load_vae(str(vae)).requires_grad_()
     tuned = torch.nn.ModuleDict({"vae": kl, "gan": models.Discriminator(),
@@ -244,7 +245,15 @@ def test_where_gradients_go(tuning, vae):
     total = sum(losses[name].mean() * getattr(ARGS, f"{name}_weight") for name in losses)
     expected = torch.autograd.grad(total, list(kl.parameters()))
     batch, stored = some_batch(), {name: p.clone() for name, p in model.named_parameters()}
+    model.blocks[0].attn.proj.bias.requires_grad_(False)  # a forker's
+    trained, seen, exchanged = [p.requires_grad for p in model.parameters()], [], []
+    early_blocks, mean = model.early_blocks, train.mean_over_processes
+    monkeypatch.setattr(model, "early_blocks", lambda *of: seen.extend(
+        p.requires_grad for p in model.parameters()) or early_blocks(*of))
+    monkeypatch.setattr(train, "mean_over_processes", lambda x: exchanged.append(x.numel()) or mean(x))
     batch["x"], scalars = train.vae_step(tuned, model, batch, ARGS)
+    assert [p.requires_grad for p in model.parameters()] == trained and not any(seen) and seen
+    assert exchanged == [sum(p.numel() for p in module.parameters()) for module in (kl, tuned["gan"])]
     assert all(p.grad is None for p in model.parameters())
     assert same_tensors(stored, dict(model.named_parameters()))
     for grads, module, name in ((expected, kl, "vae"), (own, tuned["gan"], "gan")):

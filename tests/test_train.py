@@ -95,7 +95,7 @@ def built(settings):
     """The model that main builds, with main's initial weights."""
     torch.manual_seed(settings["seed"])
     channels, size, _ = settings["data"]["latent_shape"]
-    heads = ("vae_repa_depth", "vae_repa_layers", "repa_depth", "sra_depth", "repa_dim")
+    heads = ("vae_repa_depth", "vae_repa_layers", "vae_repa_loss", "repa_depth", "sra_depth", "repa_dim")
     return SiT_models[settings["model"]](
         input_size=size, in_channels=channels, num_classes=settings["data"]["num_classes"],
         **{name: settings[name] for name in heads if name in settings})
@@ -333,7 +333,7 @@ def test_layers_compile_whole_under_ddp(monkeypatch):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: real(layer, backend=counter, **how))
     model = SiT_models["SiT-S/2"](input_size=8, vae_repa_depth=2)  # a block has more than DDP's first MiB
-    args = SimpleNamespace(sra_depth=0)
+    args = SimpleNamespace(sra_depth=0, activation_memory=1)
     try:
         torch.compiler.reset()
         with torch._dynamo.config.patch(optimize_ddp=True):  # as torch has it
@@ -374,7 +374,7 @@ def test_defaults_are_the_papers(monkeypatch):
               "kl_weight": 1e-6, "gan_weight": 0.1, "tune_repa_weight": 1.5, "disc_init": None,
               "lpips_weights": ["vgg16-397923af.pth", "vgg.pth"],
               "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
-              "precision": "fp32", "compile": False}  # of a machine without a GPU
+              "precision": "fp32", "compile": False, "activation_memory": 1}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
     for size, expected in {"Ti": (2, 4), "S": (2, 8), "B": (2, 8), "L": (8, 16), "XL": (8, 20)}.items():
         args = parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1)
