@@ -377,7 +377,7 @@ def make_parser():
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
-    add("--activation-memory", type=fraction, default=1, help="part to keep, if compiled, not compute again")
+    add("--activation-memory", type=fraction, default=1, help="part that is kept, the rest computed again")
     add = parser.add_argument_group("output").add_argument
     add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
@@ -404,6 +404,8 @@ def parse_args():
         fail(f"--vae-repa-interval {low} {high} must have LO < HI")
     if args.tune_vae and not args.repa_depth or args.vae_from_scratch and not args.tune_vae:
         fail("--tune-vae needs REPA (--repa-depth, --repa-weight), and --vae-from-scratch needs --tune-vae")
+    if args.activation_memory < 1 and not args.compile:
+        fail("--activation-memory needs --compile")
     args.run_dir = args.run_dir or default_run_dir(args, parser)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(args.batch_size // world_size, 1)

@@ -184,7 +184,8 @@ def build(method, args, folder, *sizes):
     """
     flags = ("--data", folder, "--run-dir", f"{folder}/{method} {sizes[0]}", "--sample-every", 0,
              "--precision", args.precision, "--activation-memory", args.activation_memory, "--lpips-weights",
-             folder / "vgg.pth", folder / "lin.pth", "--batch-size")
+             folder / "vgg.pth", folder / "lin.pth", "--compile" if args.compile else "--no-compile",
+             "--batch-size")
     run_args = {(n, micro): train_args(method, args, *flags, n, "--micro-batch", micro) for n, micro in sizes}
     latents = extract_latents.Latents(folder, extras=["images"] if "REPA" in method.split("-") else [])
     with mock.patch.object(train, "load_encoder", random_encoder):

@@ -156,7 +156,7 @@ def test_activation_memory_is_less_and_the_gradients_equal(monkeypatch):
         torch.compiler.reset()
         model = SiT_models["SiT-Ti/2"](hidden_size=32, depth=1, vae_repa_depth=1)
         torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight)
-        flags = ("--activation-memory", part, "--precision", "bf16")
+        flags = ("--activation-memory", part, "--precision", "bf16", "--compile")
         args = benchmark.train_args("VAE-REPA", SimpleNamespace(model="SiT-Ti/2"), *flags)
         args.device = torch.device("cpu")
         train.compile_layers(model, model, args)

@@ -459,6 +459,7 @@ def refused(capsys, data, run, *flags):
     (("--vae-repa-loss", "huber"), "smooth_l1"), (("--vae-repa-beta", "nan"), "--vae-repa-beta"),
     (("--vae-repa-weight", -1), "--vae-repa-weight"), (("--label-dropout", 1.5), "--label-dropout"),
     (("--lr", "nan"), "--lr"), (("--lr", -1), "--lr"), (("--ema-decay", 1.1), "--ema-decay"),
+    (("--activation-memory", 1.5), "'1.5'"), (("--activation-memory", 0.5), "needs --compile"),
     (("--grad-clip", -1), "--grad-clip"), (("--sample-every", 2), "nobody/nothing")])  # a grid needs the VAE
 def test_bad_flags(capsys, data, tmp_path, flags, says):
     assert says in refused(capsys, data, tmp_path / "run", *flags)
