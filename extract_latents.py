@@ -553,7 +553,7 @@ def init_distributed(backend=None, timeout=timedelta(minutes=15)):
         fail(f"there are only {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention: cuDNN's gave others NaN in bf16
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its bf16 gradients were NaN for others (pytorch 196678)
     mps = torch.backends.mps.is_available()
     device = torch.device(f"cuda:{local_rank}" if cuda else "mps" if mps else "cpu")
     if "RANK" not in os.environ:

@@ -23,7 +23,8 @@ from torch.export.passes import move_to_device_pass
 
 
 def modulate(h, shift, scale):
-    return h * (1 + scale.unsqueeze(1).to(h.dtype)) + shift.unsqueeze(1)  # in bf16, 1 + scale is rough
+    scale = scale.to(h.dtype)  # float32, where norms are: in bf16, 1 + scale would be rough
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class PatchEmbed(nn.Module):
@@ -64,8 +65,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         omega = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * omega
-        with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):  # bf16 is too rough for t
-            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype)
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # bf16 is too rough for t
+            return self.mlp(waves)
 
 
 class LabelEmbedder(nn.Module):
@@ -180,13 +182,13 @@ class SiT(nn.Module):
         self.head_depths = {}
         if vae_repa_depth:
             head = AlignHead(hidden_size, patch_size, in_channels, vae_repa_layers)
-            if vae_repa_loss == "cosine":  # a zero vector has no direction: its gradient would be 1e8
-                nn.init.xavier_uniform_(head.final_layer.linear.weight)
             self.add_head("vae_repa", vae_repa_depth, head)
         if repa_depth:
             self.add_head("repa", repa_depth, Projector(hidden_size, 2048, 2048, repa_dim))
         if sra_depth:
             self.add_head("sra", sra_depth, Projector(hidden_size, 2 * hidden_size, hidden_size))
+        if vae_repa_depth and vae_repa_loss == "cosine":  # zeros have no direction: its gradient would be 1e8
+            nn.init.xavier_uniform_(self.heads["vae_repa"].final_layer.linear.weight)
         self.bn = LatentNorm(in_channels) if tune_vae else None
 
     def add_head(self, name, depth, head):

@@ -145,7 +145,7 @@ def draw_grid(path, model, vae, facts, seed, precision, cfg_scale):
 
 
 def to_bf16(model):
-    """Keep in bf16 the weights that autocast rounds in every call: half the memory."""
+    """Keep in bf16 the layers' weights, which autocast rounds in every call: half the memory."""
     for layer in nn.ModuleList([*model.blocks, model.final_layer]).modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.bfloat16()

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from extract_latents import (
@@ -220,7 +220,7 @@ def vae_step(tuned, model, batch, args):
     weights = {"l1": args.l1_weight, "kl": args.kl_weight, "tune_repa": args.tune_repa_weight,
                "lpips": args.lpips_weight, "gan": args.gan_weight}
     latents, means, frozen = [], {}, [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:  # compiled blocks would compute the gradients of all their weights
+    for p in frozen:  # else compiled blocks compute gradients of their weights, though nobody asks for them
         p.requires_grad_(False)
     for micro in micro_batches(batch, args):
         z, losses = vae_losses(tuned, model, micro, args)
@@ -236,8 +236,10 @@ def vae_step(tuned, model, batch, args):
     for name, module in tuned.items():
         trained = [p for p in module.parameters() if p.grad is not None]
         if trained:  # LPIPS has none
-            gradients = [p.grad for p in trained]  # averaged as one tensor, for speed
-            vector_to_parameters(mean_over_processes(parameters_to_vector(gradients)), gradients)
+            gradients = [p.grad for p in trained]  # in one all-reduce, which is faster than one for each
+            flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(mean.view_as(gradient))
             means[f"{name}_grad_norm"] = clip_grad_norm_(trained, args.grad_clip)
     return model.bn.update(torch.cat(latents)), means
 
@@ -377,7 +379,7 @@ def make_parser():
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
-    add("--activation-memory", type=fraction, default=1, help="part that is kept, the rest computed again")
+    add("--activation-memory", type=fraction, default=1, help="kept part; the rest is computed twice")
     add = parser.add_argument_group("output").add_argument
     add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")

@@ -9,10 +9,15 @@
 
 What is compared takes turns in alternating order, since a machine's speed drifts. Figures are medians over
 turns, ratios medians over pairs. After the first, no turn begins that would end after 8 minutes; a mode that
-is not done after 9.5 minutes ends without figures, but for what the JSON file holds, which is written after
+is not done after 9.5 minutes ends without figures. What it has until then is in JSON.partial, written after
 each turn and, by memory, after each method. train holds all its methods at once: four of SiT-XL/2 take 60 GB,
 and 0.3 GB more for each image of the largest --micro-batch. Weights, latents and images are random. sample
 and extract are timed on some images and on twice as many, and subtracted.
+
+train has a step of the first --micro-batch, "32", and one of --batch-size in forwards of each --micro-batch,
+"256 by 128". "GFLOPs" are multiply-adds of an image's forwards, as the paper counts, "operations" those of a
+step, forward and backward, times 2. "External" is what has no gradient: REPA's encoder, SRA's teacher.
+"start-up" is building, compiling and the first step; "peak memory" that of the largest.
 
 "of the products' rate": the time of the network's matrix products (of SiT's alone in sample) at the speed of
 large ones, over the time taken. "of the limit": that time and the optimizer's least, over the time taken.
@@ -86,7 +91,7 @@ def take_turns(work, args, warm_up=True):
             taken = timed(work[name])
             seconds[name] += [taken] if turn >= 0 else []  # turn -1 compiles and warms up
         longest = max(longest, time.monotonic() - started) if turn >= 0 else 0
-        write_json(args.json, args.details)
+        write_json(f"{args.json}.partial", args.details)
     return seconds
 
 
@@ -206,6 +211,7 @@ class Run:
         trained = [*self.model.parameters(), *self.tuned.parameters()]
         self.optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0, fused=True)
         torch.compiler.reset()  # else a method would not pay for layers that an earlier one compiled
+        torch._dynamo.config.cache_size_limit = 64  # past 8 sizes torch would go on eager
         if args.compile:
             train.compile_layers(self.model, self.ema, self.args[first])
         self.stored = {}
@@ -252,7 +258,8 @@ class Run:
 
 def measure_train(args, folder):
     small, large = args.micro_batch[0], args.batch_size
-    sizes = {f"{small}": (small, small)} | {f"{large} by {n}": (large, n) for n in args.micro_batch}
+    sizes = {f"{small}": (small, small)}
+    sizes |= {f"{large} by {n}": (large, n) for n in args.micro_batch if (large, n) != (small, small)}
     steps = {label: max(args.steps * small // n, 1) for label, (n, _) in sizes.items()}
     runs = {name: Run(name, args, folder, *sizes.values()) for name in args.methods}
     work = {f"{name} {label}": partial(r.take_steps, steps[label], size)
@@ -277,7 +284,8 @@ def measure_train(args, folder):
             if "plain" in runs:
                 rows[f"{label}: step / plain's"] = paired(seconds[f"{name} {label}"],
                                                           seconds[f"plain {label}"])
-        rows[ON_8] = rows[f"{small}: images/s"] * 8 / 256
+        if small == 32:
+            rows[ON_8] = rows["32: images/s"] * 8 / 256
     return columns
 
 
@@ -307,8 +315,8 @@ def attention_kernels(args):
     """Names of the kernels, on a CPU of the operators, that torch takes for attention, both ways."""
     size, patch = args.model.split("/")
     _, width, heads = SIZES[size]
-    shape, dtype = (3, args.micro_batch[0], heads, (32 // int(patch)) ** 2, width // heads), torch.float32
-    dtype = torch.bfloat16 if args.precision == "bf16" else dtype
+    shape = 3, args.micro_batch[0], heads, (32 // int(patch)) ** 2, width // heads
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     q, k, v = torch.zeros(shape, device=args.device, dtype=dtype, requires_grad=True)
     with torch.profiler.profile() as profiler:
         timed(F.scaled_dot_product_attention(q, k, v).sum().backward)
@@ -346,7 +354,7 @@ def measure_profile(args, folder):
     products and attention at the products' rate, for the rest at a copy's. As kernels of their own,
     optimizer, EMA and clipping move 52 bytes a parameter instead of 40. With TORCHINDUCTOR_PROFILE=1 in the
     environment torch prints the bytes/s of each kernel that it compiled."""
-    size = (args.micro_batch[0],) * 2
+    size = args.micro_batch[0], args.micro_batch[0]
     run = Run("VAE-REPA", args, folder, size)
     steps = partial(run.take_steps, args.steps, size)
     step = 1e3 * median(take_turns({"step": steps}, args)["step"]) / args.steps
@@ -363,7 +371,7 @@ def measure_profile(args, folder):
     layers = work["GFLOPs"] / work["GFLOPs with attention"]
     limit = {"matrix products": layers * products, "attention": (1 - layers) * products,
              "optimizer": 28 / 40 * optimizer, "EMA": 12 / 40 * optimizer, "clipping": 12 / 40 * optimizer}
-    if args.compile:
+    if "compiled element-wise" in rows:  # not so on a CPU, whose profile does not name them
         limit["compiled element-wise"] = 1e3 * element_wise_bytes(run.model, args) / rates[1]
     limit["a step"] = sum(limit.values())
     return {"ms": rows, "of the step": {row: ms / step for row, ms in rows.items()},
@@ -380,7 +388,7 @@ def measure_memory(args, folder):
         for gib in (24, 40, 80):
             most = int((0.9 * gib * 2**30 - fixed) // each)
             columns[name][f"largest --micro-batch in {gib} GiB"] = max(most, 0)
-        write_json(args.json, {**args.details, "figures": columns})
+        write_json(f"{args.json}.partial", {**args.details, "figures": columns})
     return columns
 
 
@@ -399,18 +407,19 @@ def write_tuning(args, folder):
 
 def peak_bytes(method, args, folder):
     """Bytes (without images, of an image), by the peaks of two sizes of --micro-batch."""
-    peaks = []
-    for micro in (8, 24):
+    few, many = (2, 4) if method == "REPA-E" else (8, 24)
+    peaks = {}
+    for n in (few, many):
         torch.compiler.reset()
         gc.collect()  # compiled layers are cycles
-        peaks.append(2**30 * Run(method, args, folder, (2 * micro, micro)).peak_gib)
-    each = (peaks[1] - peaks[0]) / 16
-    return peaks[0] - 8 * each, each
+        peaks[n] = 2**30 * Run(method, args, folder, (2 * n, n)).peak_gib
+    each = (peaks[many] - peaks[few]) / (many - few)
+    return peaks[few] - few * each, each
 
 
 def computed_bytes(method, args, folder):
     """Bytes (without images, of an image): weights, gradients, AdamW's two moments, EMA, REPA's encoder; and
-    what a forward saves for its backward. REPA-E has two, one after the other: the VAE's saves more.
+    what a forward saves for its backward. REPA-E has the VAE's before SiT's, which saves less.
     """
     torch.compiler.reset()
     few, many = (1, 2) if method == "REPA-E" else (2, 4)
@@ -427,28 +436,28 @@ def computed_bytes(method, args, folder):
     for n in (few, many):
         part = {name: values[:n] for name, values in batch.items()}
         if tuned:
-            forward = partial(train.vae_step, tuned, model, part, run_args)
+            saved[n] = saved_bytes([model, tuned], train.vae_step, tuned, model, part, run_args)
         else:
-            forward = partial(train.training_losses, model, ema, part, run_args)
-        saved[n] = saved_bytes([model, tuned], forward, args)
+            with sample.autocast(args.device, args.precision):
+                saved[n] = saved_bytes([model], train.training_losses, model, ema, part, run_args)
     each = (saved[many] - saved[few]) / (many - few)
     tuning = 4 * sum(b.numel() for b in tuned.buffers()) + 16 * sum(p.numel() for p in tuned.parameters())
     trained, external = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, encoder))
     return saved[few] - few * each + 20 * trained + 4 * external + tuning, each
 
 
-def saved_bytes(modules, forward, args):
-    """Bytes that forward() saves for backward passes, the modules' own tensors aside.
+def saved_bytes(modules, function, *inputs):
+    """Bytes that function(*inputs) saves for its backward passes, the modules' own tensors aside.
 
-    In bf16 group norms, which CUDA's autocast leaves in float32 and a CPU's does not, are in float32.
+    Group norms are in float32, as CUDA's autocast has them and a CPU's has not; so has it the head's layer
+    norm, which is left out: less than 1 % of an image's bytes.
     """
     storages, own = [], [x.untyped_storage().data_ptr() for module in modules
                          for x in (*module.parameters(), *module.buffers())]
     hooks = (lambda x: storages.append(x.untyped_storage()) or x), (lambda x: x)
-    group_norm = F.group_norm
-    with torch.autograd.graph.saved_tensors_hooks(*hooks), sample.autocast(args.device, args.precision), \
-            mock.patch.object(F, "group_norm", lambda x, *of: group_norm(x.float(), *of)):
-        forward()
+    in_float32 = mock.patch.object(F, "group_norm", lambda x, *of, norm=F.group_norm: norm(x.float(), *of))
+    with torch.autograd.graph.saved_tensors_hooks(*hooks), in_float32:
+        function(*inputs)
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # all are alive
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
@@ -564,7 +573,7 @@ def print_table(columns, paper):
 
 def too_slow(args, number, frame):
     fail(f"{args.mode} does not end within 10 minutes here: lower --steps, --count or --batch-size, or give "
-         f"fewer --methods or a smaller --model ({args.json} holds what was measured, if anything)")
+         f"fewer --methods or a smaller --model (what was measured is in {args.json}.partial)")
 
 
 MODES = {"train": measure_train, "profile": measure_profile, "memory": measure_memory,
@@ -579,10 +588,10 @@ def parse_args():
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--methods", choices=[*PAPER, "REPA-E"], nargs="+", help="of train and memory (default: all but "
         "REPA-E, which only memory knows)")
-    add("--micro-batch", type=positive_int, nargs="+", default=[32], help="images of a training forward; "
-        "train does its larger step with each")
-    add("--activation-memory", type=fraction, default=1, help="as train.py's, of train and profile")
-    add("--attention", choices=["flash", "cudnn"], default="flash", help="of train and profile, on a GPU")
+    add("--micro-batch", type=positive_int, nargs="+", help="images of a forward, of train and profile "
+        "(default: 32); train does its larger step with each")
+    add("--activation-memory", type=fraction, help="as train.py's, of train and profile (default: 1)")
+    add("--attention", choices=["flash", "cudnn"], help="of train and profile, on a GPU (default: flash)")
     add("--precision", choices=["bf16", "fp32"], help="of training (default: as train.py's)")
     add("--compile", action=argparse.BooleanOptionalAction, help="of training (default: as train.py's)")
     add("--vae", help="of sample, extract and REPA-E (default: one of SD-VAE's size)")
@@ -605,11 +614,19 @@ def parse_args():
     args.compile = as_on_gpus if args.compile is None else args.compile
     if "RANK" in os.environ:
         fail("it measures one device: start it without torchrun")
-    args.methods = args.methods or list(PAPER)
-    if "REPA-E" in args.methods and args.mode != "memory":
-        fail(f"REPA-E is a method of memory, not of {args.mode}")
-    if args.activation_memory < 1 and args.mode == "memory":
-        fail("what --activation-memory keeps of an image depends on --micro-batch: train prints the peak")
+    for flag, modes, default in (
+            ("methods", ("train", "memory"), list(PAPER)), ("micro_batch", ("train", "profile"), [32]),
+            ("activation_memory", ("train", "profile"), 1.0), ("attention", ("train", "profile"), "flash")):
+        given = getattr(args, flag)
+        if given is not None and args.mode not in modes:
+            fail(f"--{flag.replace('_', '-')} is of {' and '.join(modes)}, not of {args.mode}")
+        setattr(args, flag, default if given is None else given)
+    if "REPA-E" in args.methods and args.mode == "train":
+        fail("REPA-E is a method of memory, not of train")
+    if args.mode == "profile" and len(args.micro_batch) > 1:
+        fail("profile takes one --micro-batch")
+    if args.attention == "cudnn" and args.device == "cpu":
+        fail("--attention cudnn needs a GPU")
     args.json = args.json or f"runs/benchmark-{args.mode}-{args.model.replace('/', '-')}.json"
     return args
 
@@ -624,6 +641,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # as torch has it, but not in float32
     torch.backends.cuda.enable_flash_sdp(args.attention == "flash")
     torch.backends.cuda.enable_cudnn_sdp(args.attention == "cudnn")
+    Path(f"{args.json}.partial").unlink(missing_ok=True)  # an earlier run's
     # the scripts take a GPU where there is one
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: cuda):
         signal.signal(signal.SIGALRM, partial(too_slow, args))
@@ -632,14 +650,15 @@ def main():
             write_latents(Path(folder))
             if "REPA-E" in args.methods:
                 write_tuning(args, Path(folder))
+            columns = MODES[args.mode](args, Path(folder))
             if args.mode in ("train", "profile"):
                 made_with["attention kernels"] = attention_kernels(args)
-            columns = MODES[args.mode](args, Path(folder))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"\n{made_with}\n")
     print_table(columns, PAPER if args.mode == "train" and args.model == "SiT-XL/2" else {})
     write_json(args.json, {**args.details, "figures": columns})
+    Path(f"{args.json}.partial").unlink(missing_ok=True)
     print(args.json)
 
 

@@ -233,7 +233,8 @@ def test_initialisation():
 def test_a_cosine_has_a_direction():
     """With it the head's last layer does not start at zero, and its first gradient is not 1e8; all else is
     as ever."""
-    plain, cosine = (torch.manual_seed(0) and SiT(**SMALL, vae_repa_depth=2, vae_repa_loss=loss)
+    heads = {"vae_repa_depth": 2, "repa_depth": 2, "sra_depth": 1}
+    plain, cosine = (torch.manual_seed(0) and SiT(**SMALL, **heads, vae_repa_loss=loss)
                      for loss in ("smooth_l1", "cosine"))
     changed = [name for (name, a), b in zip(plain.named_parameters(), cosine.parameters())
                if not torch.equal(a, b)]
@@ -241,11 +242,12 @@ def test_a_cosine_has_a_direction():
     x, t, y = inputs()
     _, heads = cosine(x, t, y, return_align=True)
     alignment_loss(heads["vae_repa"], patchify(x, like=heads["vae_repa"]), "cosine").mean().backward()
-    assert 0 < sum(p.grad.norm() for p in cosine.heads.parameters()) < 10
+    assert 0 < sum(p.grad.norm() for p in cosine.heads["vae_repa"].parameters()) < 10
 
 
 def test_bf16_keeps_what_is_small():
-    """Autocast rounds products alone: neither t's embedding, nor 1 + scale, which it would make a 1."""
+    """Autocast rounds products alone: neither t's embedding, nor 1 + scale, which it would make a 1. A model
+    of bf16 weights runs all the same."""
     model = SiT(**SMALL)
     with torch.autocast("cpu", torch.bfloat16):
         h, c = model.embed(*inputs())
@@ -253,6 +255,8 @@ def test_bf16_keeps_what_is_small():
     shift, scale = torch.full((2, 1, 8), 2.0**-10, dtype=torch.bfloat16)
     h = torch.ones(1, 3, 8)
     assert torch.equal(models.modulate(h, shift, scale), h + 2.0**-9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.bfloat16()(*inputs()).isfinite().all()
 
 
 @pytest.mark.parametrize("sizes", [

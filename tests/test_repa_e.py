@@ -28,11 +28,13 @@ from conftest import (
     write_set,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from functorch.compile import make_boxed_func, nop
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from test_alignments import flags_of
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
+from torch._dynamo.backends.common import aot_autograd
 
 import models
 import sample
@@ -251,6 +253,7 @@ def test_where_gradients_go(monkeypatch, tuning, vae):
     monkeypatch.setattr(model, "early_blocks", lambda *of: seen.extend(
         p.requires_grad for p in model.parameters()) or early_blocks(*of))
     monkeypatch.setattr(train, "mean_over_processes", lambda x: exchanged.append(x.numel()) or mean(x))
+    kl.to(memory_format=torch.channels_last)
     batch["x"], scalars = train.vae_step(tuned, model, batch, ARGS)
     assert [p.requires_grad for p in model.parameters()] == trained and not any(seen) and seen
     assert exchanged == [sum(p.numel() for p in module.parameters()) for module in (kl, tuned["gan"])]
@@ -266,6 +269,22 @@ def test_where_gradients_go(monkeypatch, tuning, vae):
     sum(loss.sum() for loss in losses.values()).backward()  # the diffusion loss and REPA's
     assert not batch["x"].requires_grad and all(map(torch.equal, before, (p.grad for p in kl.parameters())))
     assert all(p.grad.any() for p in model.heads["repa"].parameters())
+
+
+def test_compiled_blocks_compute_no_gradients_of_weights(tuning, vae):
+    """In the VAE's step: of a block's backward only the products towards its input are left."""
+    products, tuned = [], torch.nn.ModuleDict({"vae": load_vae(str(vae)).requires_grad_()})
+    model = aligned_model()
+
+    def count(graph, inputs):
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(backend=aot_autograd(fw_compiler=nop, bw_compiler=count))
+    train.vae_step(tuned, model, some_batch(), ARGS)
+    assert products and set(products) == {4}  # qkv, proj, fc1, fc2; of 10, with weights and c
 
 
 def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
