@@ -178,7 +178,7 @@ def test_bf16(tiny):
                 to_bf16(model)
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(sampler(each, Z.float(), Y, 3, 2.0, (0.0, 0.7)))
-        assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert model.blocks[0].mlp.fc1.weight.dtype == model.final_layer.linear.weight.dtype == torch.bfloat16
         assert all(x.dtype == torch.float32 and torch.equal(x, latents[0]) for x in latents)
 
 

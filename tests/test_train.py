@@ -422,7 +422,7 @@ CHANGES = [
     ("--vae-repa-layers", 2), ("--vae-repa-interval", 0, 0.75), ("--vae-repa-interval", 0.5, 1)]
 FREE = [("--wandb", "sit"), ("--max-steps", 7), ("--micro-batch", 1), ("--log-every", 1), ("--ckpt-every", 1),
         ("--sample-every", 1), ("--state-every", 1), ("--compile",),
-        ("--lpips-weights", "vgg", "lin")]
+        ("--compile", "--activation-memory", 0.5), ("--lpips-weights", "vgg", "lin")]
 
 
 def test_settings_that_matter(capsys, monkeypatch, whole, data):
