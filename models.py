@@ -153,8 +153,9 @@ class SiT(nn.Module):
     [0, 1], where 1 is noise, and labels y (B,), from 0 to num_classes - 1 or model.null_class.
     model(x_t, t, y, return_align=True) -> (v, {head: predicted tokens (B, N, dim)}): "vae_repa" predicts the
     clean latent (dim = p * p * C, see `patchify`), "repa" the encoder's tokens (repa_dim), "sra" the
-    teacher's (D). Depth 0 builds no head. tune_vae: hold REPA-E's norm of latents, `bn`, for the EMA and the
-    checkpoints; train.py applies it. Raises ValueError for sizes that do not fit together.
+    teacher's (D). Depth 0 builds no head. vae_repa_loss: "cosine" only changes how its head starts.
+    tune_vae: hold REPA-E's norm of latents, `bn`, for the EMA and the checkpoints; train.py applies it.
+    Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,

@@ -57,7 +57,7 @@ import fid
 import sample
 import train
 from extract_latents import Parser, encode, fail, fraction, load_vae, positive_int, read_ahead, write_json
-from models import ALIGN_DEPTHS, LPIPS, SIZES, Encoder, SiT_models, build_model
+from models import ALIGN_DEPTHS, LPIPS, Encoder, SiT_models, build_model
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
 PAPER_ROWS = "external, M", "head, M", ON_8, "GFLOPs", FORWARD  # Table 4, on H100s
@@ -269,6 +269,7 @@ def measure_train(args, folder):
     seconds, columns = take_turns(work, args), {}
     latency = take_turns({name: r.forward_one for name, r in runs.items()}, args)
     rates = device_rates(args, args.precision)
+    profiled(partial(runs[args.methods[0]].take_steps, 1, (small, small)), args)
     for name, r in runs.items():
         rows = columns[name] = count_work(r.args[small, small])
         rows |= {FORWARD: 1e3 * median(latency[name]), "start-up, s": r.start_up,
@@ -311,17 +312,16 @@ def kernel_ms(events, cuda):
             if not cuda or event.device_type.name == "CUDA" and not event.is_user_annotation]
 
 
-def attention_kernels(args):
-    """Names of the kernels, on a CPU of the operators, that torch takes for attention, both ways."""
-    size, patch = args.model.split("/")
-    _, width, heads = SIZES[size]
-    shape = 3, args.micro_batch[0], heads, (32 // int(patch)) ** 2, width // heads
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    q, k, v = torch.zeros(shape, device=args.device, dtype=dtype, requires_grad=True)
+def profiled(function, args):
+    """[(ms, kind, name)] of the kernels, on a CPU of the operators, that function() runs. Those of attention
+    go into the JSON file."""
     with torch.profiler.profile() as profiler:
-        timed(F.scaled_dot_product_attention(q, k, v).sum().backward)
-    names = [name for _, name in kernel_ms(profiler.key_averages(), torch.cuda.is_available())]
-    return [name for name in names if kind_of(name) == "attention"]
+        timed(function)
+    kernels = kernel_ms(profiler.key_averages(), torch.cuda.is_available())
+    kernels = [(ms, kind_of(name), name) for ms, name in kernels]
+    args.details["made_with"]["attention kernels"] = [
+        name for _, kind, name in kernels if kind == "attention"]
+    return kernels
 
 
 def element_wise_bytes(model, args):
@@ -358,10 +358,8 @@ def measure_profile(args, folder):
     run = Run("VAE-REPA", args, folder, size)
     steps = partial(run.take_steps, args.steps, size)
     step = 1e3 * median(take_turns({"step": steps}, args)["step"]) / args.steps
-    with torch.profiler.profile() as profiler:
-        timed(steps)
-    kernels = kernel_ms(profiler.key_averages(), torch.cuda.is_available())
-    kernels = sorted(((ms / args.steps, kind_of(name), name) for ms, name in kernels), reverse=True)
+    kernels = sorted(profiled(steps, args), reverse=True)
+    kernels = [(ms / args.steps, kind, name) for ms, kind, name in kernels]
     rows = {"a step": step, "gaps": max(step - sum(ms for ms, _, _ in kernels), 0)}
     for ms, kind, _ in kernels:
         rows[kind] = rows.get(kind, 0) + ms
@@ -394,15 +392,20 @@ def measure_memory(args, folder):
 
 def write_tuning(args, folder):
     """What REPA-E loads, with random weights: the VAE, VGG16 and LPIPS's."""
-    widths = [int(w) for w in "64 64 128 128 256 256 256 512 512 512 512 512 512".split()]
-    numbers = [n for stage in LPIPS.STAGES for n in stage]
-    vgg = {f"features.{n}.weight": torch.randn(b, a, 3, 3) / (3 * a**0.5)
-           for n, a, b in zip(numbers, [3, *widths], widths)}
-    vgg |= {f"features.{n}.bias": torch.zeros(b) for n, b in zip(numbers, widths)}
-    torch.save(vgg, folder / "vgg.pth")
-    torch.save({f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1)
-                for i, w in enumerate((64, 128, 256, 512, 512))}, folder / "lin.pth")
+    for name, weights in zip(("vgg", "lin"), lpips_weights(64, 128, 256, 512, 512)):
+        torch.save(weights, folder / f"{name}.pth")
     write_json(folder / "latents.json", {**DATA, "vae": make_vae(args, folder)})
+
+
+def lpips_weights(*widths):
+    """(torchvision's weights of VGG16, LPIPS's for it), random, for stages of these widths."""
+    vgg, lin, before = {}, {}, 3
+    for i, (width, stage) in enumerate(zip(widths, LPIPS.STAGES)):
+        for n in stage:
+            vgg[f"features.{n}.weight"] = torch.randn(width, before, 3, 3) / (3 * before**0.5)
+            vgg[f"features.{n}.bias"], before = torch.randn(width) / 10, width
+        lin[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1)
+    return vgg, lin
 
 
 def peak_bytes(method, args, folder):
@@ -573,7 +576,7 @@ def print_table(columns, paper):
 
 def too_slow(args, number, frame):
     fail(f"{args.mode} does not end within 10 minutes here: lower --steps, --count or --batch-size, or give "
-         f"fewer --methods or a smaller --model (what was measured is in {args.json}.partial)")
+         f"fewer --methods or a smaller --model (turns that ended are in {args.json}.partial)")
 
 
 MODES = {"train": measure_train, "profile": measure_profile, "memory": measure_memory,
@@ -651,8 +654,6 @@ def main():
             if "REPA-E" in args.methods:
                 write_tuning(args, Path(folder))
             columns = MODES[args.mode](args, Path(folder))
-            if args.mode in ("train", "profile"):
-                made_with["attention kernels"] = attention_kernels(args)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"\n{made_with}\n")

@@ -253,6 +253,16 @@ def test_modes(flags, column, row, capsys, tmp_path, monkeypatch, one_thread):
         assert {row: least[row] / least["EMA"] for row in of_ema} == pytest.approx(of_ema)
 
 
+def test_a_step_of_32_images(capsys, tmp_path, one_thread):
+    """It is the one that the paper's 8 GPUs do each, and measured once where --batch-size is 32, too."""
+    flags = "--model SiT-Ti/8 --methods plain --micro-batch 32 --batch-size 32 --steps 1".split()
+    written, _ = measured(capsys, tmp_path / "b.json", "train", *SMALL, *flags)
+    (step,), figures = written["seconds"]["plain 32"], written["figures"]["plain"]
+    assert figures[benchmark.ON_8] == pytest.approx(8 * 32 / 256 / step)
+    assert not any("by" in name for name in written["seconds"])
+    assert any("attention" in name for name in written["made_with"]["attention kernels"])
+
+
 def test_tf32_is_the_plain_samplers_alone(monkeypatch):
     seen = []
     monkeypatch.setattr(benchmark.sample, "main", lambda: seen.append(torch.backends.cuda.matmul.allow_tf32))

@@ -15,6 +15,7 @@ import pytest
 import repa_e
 import torch
 import torch.nn.functional as F
+from benchmark import lpips_weights
 from conftest import (
     DETECTOR,
     ROOT,
@@ -51,15 +52,11 @@ def tuning(tmp_path_factory, images, vae):
     folder = tmp_path_factory.mktemp("tuning")
     flags = ("--images", images, "--vae", vae, "--image-size", 32, "--num-workers", 1, "--store-images")
     assert cli(None, "extract_latents", *flags, "--out", folder / "set")[0] == 0
-    g = torch.Generator().manual_seed(0)
-    vgg, lin, width = {"classifier.0.weight": torch.zeros(1)}, {}, 3
-    for stage, numbers in enumerate(STAGES):
-        for n in numbers:
-            vgg[f"features.{n}.weight"] = torch.randn(stage + 4, width, 3, 3, generator=g) / (3 * width**0.5)
-            vgg[f"features.{n}.bias"] = torch.randn(width := stage + 4, generator=g) / 10
-        lin[f"lin{stage}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=g)
+    torch.manual_seed(0)
+    vgg, lin = lpips_weights(4, 5, 6, 7, 8)
     torch.manual_seed(1)
-    for name, weights in {"vgg": vgg, "lin": lin, "gan": models.Discriminator().state_dict()}.items():
+    for name, weights in {"vgg": vgg | {"classifier.0.weight": torch.zeros(1)}, "lin": lin,
+                          "gan": models.Discriminator().state_dict()}.items():
         torch.save(weights, folder / f"{name}.pth", _use_new_zipfile_serialization=False)  # as in their day
     return folder / "set", ["--tune-vae", "--lpips-weights", folder / "vgg.pth", folder / "lin.pth",
                             "--disc-init", folder / "gan.pth"]
