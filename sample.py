@@ -217,15 +217,14 @@ def vae_folder(path):
     return f"{Path(path).resolve().with_suffix('')}-vae"
 
 
-def save_vae(path, vae, weights):
-    """Write the VAE of checkpoint `path`, with its latents' statistics; weights: the EMA model's."""
+def save_vae(folder, vae, mean, std):
+    """Write a VAE in diffusers' format, with its latents' mean and standard deviation by channel."""
     from safetensors.torch import save  # a part of diffusers
 
-    mean, std = bn_statistics(weights)
     vae.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None, scaling_factor=1.0)
-    with atomic_write(Path(vae_folder(path), "diffusion_pytorch_model.safetensors")) as file:
+    with atomic_write(Path(folder, "diffusion_pytorch_model.safetensors")) as file:
         file.write(save(vae.state_dict(), {"format": "pt"}))
-    with atomic_write(Path(vae_folder(path), "config.json")) as file:
+    with atomic_write(Path(folder, "config.json")) as file:
         file.write(vae.to_json_string().encode())
 
 

@@ -61,7 +61,7 @@ from models import (
     mean_over_processes,
     patchify,
 )
-from sample import autocast, draw_grid, load_decoder, rng, save_vae
+from sample import autocast, bn_statistics, draw_grid, load_decoder, rng, save_vae, vae_folder
 
 # ---- The method
 
@@ -210,6 +210,12 @@ def vae_losses(tuned, model, batch, args):
     return z, losses
 
 
+def vae_loss_weights(args):
+    """The weight of each term of the VAE's loss in `vae_losses`."""
+    return {"l1": args.l1_weight, "kl": args.kl_weight, "tune_repa": args.tune_repa_weight,
+            "lpips": args.lpips_weight, "gan": args.gan_weight}
+
+
 def vae_step(tuned, model, batch, args):
     """REPA-E's part of a step, which gives VAE and discriminator their gradients: (x, scalars by name).
 
@@ -217,9 +223,8 @@ def vae_step(tuned, model, batch, args):
     them collapse. The optimizer in `training_step` then updates both along with SiT. That equals REPA-E's
     three updates in a row: none of their gradients sees another's update.
     """
-    weights = {"l1": args.l1_weight, "kl": args.kl_weight, "tune_repa": args.tune_repa_weight,
-               "lpips": args.lpips_weight, "gan": args.gan_weight}
-    latents, means, frozen = [], {}, [p for p in model.parameters() if p.requires_grad]
+    weights, latents, means = vae_loss_weights(args), [], {}
+    frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:  # else compiled blocks compute gradients of their weights, though nobody asks for them
         p.requires_grad_(False)
     for micro in micro_batches(batch, args):
@@ -276,7 +281,7 @@ def save_checkpoints(run_dir, step, numbered, settings, parts):
     if numbered:
         path = run_dir / "checkpoints" / f"{step:07d}.pt"
         if "tuned" in parts:
-            save_vae(path, parts["tuned"]["vae"], checkpoint["ema"])
+            save_vae(vae_folder(path), parts["tuned"]["vae"], *bn_statistics(checkpoint["ema"]))
         save(path, checkpoint)
     checkpoint["log"] = Path(run_dir, "log.jsonl").read_text()  # a resume writes the file anew
     save(run_dir / "state.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})

@@ -2,11 +2,12 @@
 
     convergence  FID against steps, the speed-up at equal FID, images of the same noise  (VAE-REPA, Fig. 4)
     features     what SiT's blocks hold, by layer and noise level, as colours            (VAE-REPA, Fig. 2)
-    cknna        how far they agree with an image encoder, by layer and noise level      (REPA-E, Fig. 3)
-    latents      variance, total variation and colours of latents               (REPA-E, Table 1 and Fig. 3)
+    cknna        how far they agree with an image encoder, by layer and noise level
+    alignment    that during training, and against FID                             (REPA-E, Fig. 3b and 3c)
+    latents      variance, total variation and colours of latents               (REPA-E, Table 1 and Fig. 3a)
 
-Numbers are printed, pictures go to --out. convergence and cknna plot, too, with matplotlib. COMMAND --help
-lists its flags.
+Numbers are printed, pictures go to --out. The first, third and fourth plot, too, with matplotlib.
+COMMAND --help lists its flags.
 """
 
 import inspect
@@ -34,12 +35,14 @@ from extract_latents import (  # noqa: E402
     atomic_write,
     content_id,
     decode,
+    encode,
     fail,
     first_line,
     fraction,
     init_distributed,
     intact,
     load_vae,
+    per_channel,
     positive_int,
     run,
     write_json,
@@ -137,21 +140,15 @@ def draw_convergence(args):
     for 50,000 of 256x256) are kept in RUN/figures and not made again. Writes convergence.png, and images.png:
     images of the same noise and classes, runs in rows and steps in columns."""
     figure = new_figure(6, 4)  # needs matplotlib: better now than after the samples
-    names = short_names(args, args.runs)
-    checkpoints, curves, table = {}, {name: {} for name in names}, []  # checkpoints: {(name, step): path}
-    for name, folder in zip(names, args.runs):
-        paths = {path.stem: path for path in Path(folder, "checkpoints").glob("*.pt")}
-        paths = {int(stem): path for stem, path in paths.items() if stem.isdecimal()}
-        for step in sorted(args.steps or paths) or ["STEP"]:
-            if step not in paths:
-                fail(f"{folder}/checkpoints has no {step}.pt; train.py writes one every --ckpt-every steps")
-            checkpoints[name, step] = paths[step]
+    names, checkpoints = find_checkpoints(args)
+    curves, table = {name: {} for name in names}, []
     _, space = fid.load_network(args, "cpu")
     if not args.classes:
         _, trained = load_model(next(iter(checkpoints.values())))
         args.classes = spread_classes(trained["data"]["num_classes"], 4)
     images = {key: draw_classes(path, args) for key, path in checkpoints.items()}
-    fid.Images(args.ref, len(images[name, step][0]))  # fails if --ref cannot be read, or has another size
+    first, *_ = next(iter(images.values()))
+    fid.Images(args.ref, len(first))  # fails if --ref cannot be read, or has another size
     for (name, step), path in checkpoints.items():
         metrics = measure(path, space, args)
         if args.metric not in metrics:
@@ -171,10 +168,28 @@ def draw_convergence(args):
     draw_sheet(columns, rows, cells, Path(args.out, "images.png"))
 
 
+def find_checkpoints(args):
+    """(a name for each RUN, {(name, step): path} of the checkpoints that --steps asks for)."""
+    names, checkpoints = short_names(args, args.runs), {}
+    for name, folder in zip(names, args.runs):
+        paths = {path.stem: path for path in Path(folder, "checkpoints").glob("*.pt")}
+        paths = {int(stem): path for stem, path in paths.items() if stem.isdecimal()}
+        for step in sorted(args.steps or paths) or ["STEP"]:
+            if step not in paths:
+                fail(f"{folder}/checkpoints has no {step}.pt; train.py writes one every --ckpt-every steps")
+            checkpoints[name, step] = paths[step]
+    return names, checkpoints
+
+
+def measured_files(checkpoint, args):
+    """Where `convergence` keeps a checkpoint's samples, and their metrics."""
+    folder = checkpoint.parent.parent / "figures" / f"{args.num_samples}_{args.mode}-{args.num_steps}"
+    return folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
+
+
 def measure(checkpoint, space, args):
     """fid.py's metrics of samples of a checkpoint, {name: value}."""
-    folder = checkpoint.parent.parent / "figures" / f"{args.num_samples}_{args.mode}-{args.num_steps}"
-    samples, record = folder / f"{checkpoint.stem}.npz", folder / f"{checkpoint.stem}.json"
+    samples, record = measured_files(checkpoint, args)
     wanted = {"reference": str(Path(args.ref).resolve()), "feature_space": space}
     if not made_from(samples, checkpoint) or not wanted.items() <= kept(record).items():
         record.unlink(missing_ok=True)
@@ -329,6 +344,68 @@ def draw_cknna(args):
     save_figure(figure, Path(args.out, "cknna.png"))
 
 
+def draw_alignment(args):
+    """CKNNA of SiT's blocks with --target at one noise level, for each checkpoint of each RUN: of the block
+    where it is highest, or of --layer. Each RUN's own VAE encodes the images of --data, so latents may
+    differ. Where `convergence` has measured checkpoints, with the same flags, FID is shown against it.
+    Writes alignment.json and the plot alignment.png."""
+    figure = new_figure(9, 4)
+    latents = Latents(args.data, extras=["images"])
+    names, checkpoints = find_checkpoints(args)
+    rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
+    _, _, device = init_distributed()
+    encoder = load_target(args, latents, device)
+    where = device if device.type == "cuda" else "cpu"  # MPS has no float64
+    target = torch.cat([target_features(args.target, encoder, device, latents.read(part)) for part in
+                        tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target)])
+    target = neighbours(target.to(where), args.k)
+
+    labels, found, x, encoded_by, measured = torch.from_numpy(latents.labels[rows]), [], None, None, set()
+    for (name, step), path in checkpoints.items():
+        model, trained = load_model(path)
+        if args.layer and args.layer > len(model.blocks):
+            fail(f"--layer {args.layer}: {name} has {len(model.blocks)} blocks")
+        model.reads_labels, facts = trained.get("label_dropout") == 0, trained["data"]
+        if encoded_by != facts:
+            x, encoded_by = encoded(latents, rows, facts, device), facts
+        layers = [args.layer] if args.layer else range(1, len(model.blocks) + 1)
+        outputs = block_outputs(model.to(device), x, rows, labels, args.t, layers, pool=True)
+        agreement, layer = max((cknna(neighbours(h.to(where), args.k), target), layer)
+                               for layer, h in zip(layers, outputs))
+        metrics = kept(measured_files(path, args)[1])
+        measured |= {(metrics.get("reference"), metrics.get("feature_space"))} if metrics else set()
+        found.append({"run": name, "step": step, "layer": layer, "CKNNA": agreement,
+                      "FID": metrics.get("FID")})
+    if len(measured) > 1:
+        fail(f"`convergence` measured these against different references: {' and '.join(map(str, measured))}")
+    write_json(Path(args.out, "alignment.json"), found)
+    print_table(["", "step", "block", "CKNNA", "FID"], [
+        [row["run"], row["step"], row["layer"], f"{row['CKNNA']:.3f}",
+         "" if row["FID"] is None else f"{row['FID']:.2f}"] for row in found])
+    plot_alignment(figure, names, found, args)
+    save_figure(figure, Path(args.out, "alignment.png"))
+
+
+def plot_alignment(figure, names, found, args):
+    """CKNNA against the steps and, where FID is known, FID against CKNNA, with the r^2 of a straight line."""
+    known = [row for row in found if row["FID"] is not None]
+    left, *right = figure.subplots(1, 1 + bool(known), squeeze=False)[0]
+    left.set(xlabel="training steps", ylabel=f"CKNNA with {Path(args.target).stem}, t = {args.t}")
+    for name in names:
+        left.plot(*zip(*[(row["step"], row["CKNNA"]) for row in found if row["run"] == name]), "o-",
+                  label=name)
+    left.legend()
+    for panel in right:
+        for name in names:
+            points = [(row["CKNNA"], row["FID"]) for row in known if row["run"] == name]
+            panel.plot(*zip(*points or [((), ())]), "o")
+        panel.set(xlabel="CKNNA", ylabel="FID")
+        if len(known) > 2:
+            r = np.corrcoef([row["CKNNA"] for row in known], [row["FID"] for row in known])[0, 1]
+            panel.set_title(f"r² = {r**2:.2f}")
+            print(f"\nFID and CKNNA of {len(known)} checkpoints: r = {r:.3f}, r² = {r**2:.3f}")
+
+
 def draw_latents(args):
     """Variance and total variation of z, the VAE's own latents, for one or several sets of the same images.
     Writes latents.png, in which their first three principal components are red, green and blue."""
@@ -422,6 +499,22 @@ def target_features(name, encoder, device, stored):
     return encoder(stored["images"].to(device)).mean(1)
 
 
+def encoded(latents, rows, facts, device):
+    """Latents x (n, C, H, W), on the CPU, of the images `rows` by the VAE of facts: posteriors' means."""
+    try:
+        vae = load_vae(facts["vae"], facts.get("vae_content")).to(device)
+        shift, scale = map(torch.from_numpy, per_channel(facts["shift"], facts["scale"],
+                                                         facts["latent_shape"][0]))
+        parts = [encode(vae, latents.read(part)["images"].to(device)).chunk(2, dim=1)[0].cpu() for part in
+                 tqdm(np.split(rows, range(16, len(rows), 16)), f"encoding by {facts['vae']}")]
+        x = (torch.cat(parts) - shift) * scale
+        if list(x.shape[1:]) != facts["latent_shape"]:
+            raise ValueError(f"it makes latents of {list(x.shape[1:])}, SiT takes {facts['latent_shape']}")
+        return x
+    except Exception as error:  # hub, config, weights, sizes
+        fail(f"the VAE {facts['vae']} cannot encode these images: {first_line(error)}")
+
+
 def decoded(latents, x, device):
     """The images (B, S, S, 3) that latents x (B, C, H, W) stand for."""
     facts = latents.facts
@@ -505,20 +598,33 @@ def add_command(commands, draw):
     return command
 
 
+def add_runs(add):
+    """RUNs, their checkpoints, and how `convergence` samples them."""
+    add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
+    add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
+    add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint, without guidance")
+    add("--mode", choices=["sde", "ode"], default="sde", help="sample.py's")
+    add("--num-steps", type=positive_int, default=250, help="sample.py's")
+
+
+def add_comparison(add, more=""):
+    """What CKNNA compares with, and of which images."""
+    add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, or a "
+        f"FILE.pt2 such as fid.py's --detector{more}")
+    add("--count", type=positive_int, default=10_000, help="images to compare")
+    add("--k", type=positive_int, default=10, help="nearest neighbours")
+
+
 def parse_args():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     convergence = add_command(commands, draw_convergence)
     add, either = convergence.add_argument, convergence.add_mutually_exclusive_group().add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of train.py; the first is the baseline")
+    add_runs(add)
     add("--ref", required=True, help="fid.py's; it is measured again for each checkpoint, so .npz is best")
     either("--weights", help="fid.py's: a local file of Inception's weights")
     either("--detector", metavar="FILE.pt2", help="fid.py's: a program in the place of Inception")
     add("--metric", choices=METRICS, default="FID", help="to plot")
-    add("--steps", type=positive_int, nargs="+", help="checkpoints to take (default: all)")
-    add("--num-samples", type=positive_int, default=50_000, help="of each checkpoint, without guidance")
-    add("--mode", choices=["sde", "ode"], default="sde", help="sample.py's")
-    add("--num-steps", type=positive_int, default=250, help="sample.py's")
     add("--classes", type=int, nargs="+", help="to show (default: up to 4, evenly spaced)")
     add("--cfg-scale", type=float, default=4.0, help="guidance of the images that are shown")
     add("--nproc-per-node", type=positive_int, default=1, help="processes that sample and measure")
@@ -535,11 +641,15 @@ def parse_args():
     add = add_command(commands, draw_cknna).add_argument
     add("--ckpt", **several, metavar="FILE", help="of train.py, REPA or SRA")
     add("--data", required=True, help="folder of extract_latents.py --store-images")
-    add("--target", default="dinov2_vitb14", help="what to compare with: a DINOv2 of torch.hub, a FILE.pt2 "
-        "such as fid.py's --detector, or `latents`, which takes no images")
-    add("--count", type=positive_int, default=10_000, help="images to compare")
-    add("--k", type=positive_int, default=10, help="nearest neighbours")
+    add_comparison(add, "; or `latents`, which takes no images")
     add("--t", type=fraction, nargs="+", default=[0.2, 0.5, 0.8], help="noise levels; 1 is noise")
+
+    add = add_command(commands, draw_alignment).add_argument
+    add_runs(add)
+    add("--data", required=True, help="folder of extract_latents.py --store-images, for its images")
+    add_comparison(add)
+    add("--t", type=fraction, default=0.5, help="noise level; 1 is noise")
+    add("--layer", type=positive_int, help="block (default: that which agrees most)")
 
     add = add_command(commands, draw_latents).add_argument
     add("--data", **several, metavar="FOLDER", help="of extract_latents.py")

@@ -22,28 +22,87 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
+from export_encoder import export  # noqa: E402
 from figures import call, print_table, total_variation, variance  # noqa: E402
 from train_detector import SIZE, Detector  # noqa: E402
 
+import models  # noqa: E402
 import train  # noqa: E402  (these are found only now)
-from extract_latents import Latents, Parser, positive_int, run  # noqa: E402
+from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
 from sample import save_grid  # noqa: E402
 
-TUNED = ("--tune-vae", "--lpips-weight", 0, "--gan-weight", 0)
-vae_losses = train.vae_losses
-METHODS = {"fixed VAE": (), "REPA-E": TUNED, "diffusion loss": (*TUNED, "--tune-repa-weight", 1)}
+TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
+METHODS = {"fixed VAE": (), "REPA-E": ("--tune-vae", *TUNED),
+           "diffusion loss": ("--variant", "diffusion-loss", *TUNED),
+           "without stop-gradient": ("--variant", "no-stop-gradient", *TUNED),
+           "without batch norm": ("--variant", "no-batch-norm", *TUNED)}
+
+# train.py's own, which a variant replaces
+vae_losses, vae_loss_weights, make_parser = train.vae_losses, train.vae_loss_weights, train.make_parser
 
 
-def naive_losses(tuned, model, batch, args):
-    """`train.vae_losses`, with the diffusion loss in the place of REPA's."""
+def normalized(z):
+    """Latents z (b, C, H, W) by their own statistics, as in `LatentNorm.update`, but with gradients, also of
+    the statistics: SiT's input if nothing is detached. Of a --micro-batch, over all processes."""
+    centred = z - channel_means(z)
+    return centred / (channel_means(centred.square()) + models.LatentNorm.EPS).sqrt()
+
+
+def channel_means(x):
+    x = x.mean((0, 2, 3), keepdim=True)
+    return all_reduce(x) / dist.get_world_size() if dist.is_initialized() else x
+
+
+def sit_losses(model, z, batch, args):
+    """The terms of SiT's loss, of latents z that are not detached: {name: (b,)}."""
+    with train.autocast(z.device, args.precision):
+        return train.training_losses(model, None, {**batch, "x": normalized(z)}, args)
+
+
+def diffusion_loss(tuned, model, batch, args):
+    """REPA-E's Table 1: the diffusion loss tunes the VAE, in the place of REPA's loss."""
     z, losses = vae_losses(tuned, model, batch, args)
-    x_t, v = train.interpolate(model.bn(z), batch["noise"], batch["t"])
-    v_pred = model(x_t, batch["t"], batch["y"])
-    return z, {**losses, "tune_repa": (v_pred - v).square().mean(dim=(1, 2, 3))}
+    losses["tune_sit"] = sit_losses(model, z, batch, args)["denoising"]
+    del losses["tune_repa"]
+    return z, losses
+
+
+def no_stop_gradient(tuned, model, batch, args):
+    """REPA-E's Table 7: all of SiT's loss tunes the VAE, too."""
+    z, losses = vae_losses(tuned, model, batch, args)
+    weights = train.loss_weights(args, 0)
+    losses["tune_sit"] = sum(weights[name] * loss for name, loss in sit_losses(model, z, batch, args).items())
+    return z, losses
+
+
+VARIANTS = {"diffusion-loss": diffusion_loss, "no-stop-gradient": no_stop_gradient,
+            "no-batch-norm": vae_losses}
+
+
+def variant_parser():
+    """train.py's, with --variant, a kind of --tune-vae: the run is named, recorded and resumed as such."""
+    parser = make_parser()
+    parser.add_argument("--variant", dest="tune_vae", choices=VARIANTS, help="in the place of --tune-vae")
+    return parser
+
+
+def train_variant():
+    """train.py, with another VAE's loss, or another norm of latents."""
+    train.make_parser = variant_parser
+    args = train.parse_args()
+    if args.sra_depth:
+        fail("SRA cannot be on in a --variant")
+    train.vae_losses = VARIANTS[args.tune_vae]
+    train.vae_loss_weights = lambda args: {**vae_loss_weights(args), "tune_sit": 1}
+    if args.tune_vae == "no-batch-norm":  # Table 7: the statistics stay those of the VAE as it was
+        models.LatentNorm.update = models.LatentNorm.forward
+    train.main()
 
 
 class Encoder(torch.nn.Module):
@@ -59,15 +118,6 @@ class Encoder(torch.nn.Module):
         for conv, norm in zip(self.detector.convs, self.detector.norms):
             x = F.silu(norm(conv(x)))
         return x.flatten(2).transpose(1, 2)
-
-
-def export(module, path, size):
-    """Write an encoder as a program of torch.export for any number of images."""
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    n = torch.export.Dim("n", min=1, max=2**16)  # torch 2.6 asks for a maximum
-    with torch.no_grad():  # else torch 2.6 cannot save modules that say so themselves
-        program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: n},), strict=False)
-    torch.export.save(program, path)
 
 
 def measure(folder, data, args):
@@ -95,6 +145,13 @@ def parse_args():
 
 
 def main():
+    if any(word.split("=")[0] == "--variant" for word in sys.argv):
+        train_variant()
+    else:
+        compare()
+
+
+def compare():
     args, data, out, rows = parse_args(), Path("runs/demo/2000-images"), Path("runs/repa-e"), []
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
@@ -108,8 +165,8 @@ def main():
     pictures = [latents.arrays["images"][shown]]
     for method, flags in METHODS.items():
         folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps"
-        script = ("tests/repa_e.py", "naive") if method == "diffusion loss" else ("train.py",)
-        call(*script, "--data", data / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", *flags,
+        script = "tests/repa_e.py" if "--variant" in flags else "train.py"
+        call(script, "--data", data / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", *flags,
              "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder", out / "encoder.pt2",
              "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
              "--log-every", args.steps // 10 or 1, "--sample-every", args.steps)
@@ -121,7 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["naive"]:
-        del sys.argv[1]
-        train.vae_losses, main = naive_losses, train.main
     run(main)

@@ -28,9 +28,9 @@ from unittest.mock import Mock
 import demo
 import numpy as np
 import pytest
-import repa_e
 import torch
 from conftest import DETECTOR, ROOT, TINY, Killed, cli, message
+from export_encoder import export
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_faults import family, gone, started, wait_until
@@ -619,10 +619,10 @@ def test_an_npz_without_a_name(capsys, inputs):
 
 def test_an_encoder_that_was_replaced(capsys, inputs):
     flags = ("--data", "set", "--repa-depth", 2, "--repa-encoder", "e.pt2")
-    repa_e.export(Tokens(), "e.pt2", 32)
+    export(Tokens(), "e.pt2", 32)
     assert command(capsys, "train", *flags)[0] == 0
     assert command(capsys, "train --max-steps 4", *flags[:-1], "./e.pt2")[0] == 0  # the same
-    repa_e.export(Tokens(scale=2), "e.pt2", 32)
+    export(Tokens(scale=2), "e.pt2", 32)
     status, _, said = command(capsys, "train --max-steps 5", *flags)
     assert status == 2 and "repa_encoder_content is" in said
 

@@ -4,12 +4,13 @@ and latents; encoders of torch.export; bad input."""
 
 import argparse
 import contextlib
+import copy
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
+import figures
 import numpy as np
 import pytest
 import repa_e
@@ -29,6 +30,7 @@ from conftest import (
     write_set,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from export_encoder import export
 from functorch.compile import make_boxed_func, nop
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
@@ -65,6 +67,14 @@ def tuning(tmp_path_factory, images, vae):
 @pytest.fixture(scope="module")
 def common(tuning):
     return [*tuning[1], *flags_of(["repa"]), "--lr", 1e-3, "--batch-size", 4]
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """Undoes what a --variant does to this process."""
+    for owner, name in ((train, "vae_losses"), (train, "vae_loss_weights"), (train, "make_parser"),
+                        (models.LatentNorm, "update")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +295,8 @@ def test_compiled_blocks_compute_no_gradients_of_weights(tuning, vae):
 
 
 def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
-    """REPA-E from the files, three optimizers in its order: (log lines, SiT and norm, EMA, VAE, PatchGAN)."""
+    """REPA-E from the files, three optimizers in its order: (log lines, SiT and norm, EMA, VAE, PatchGAN).
+    In variants SiT's loss reaches the VAE, through batch norm; or statistics stay as they are."""
     args, facts = SimpleNamespace(**settings), settings["data"]
     moments, labels, images = (torch.from_numpy(np.load(folder / f"{name}.npy"))
                                for name in ("moments", "labels", "images"))
@@ -311,11 +322,23 @@ def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
         optimizer.step()
         return norm.item()
 
+    def sit_loss(x):
+        v, heads = sit((1 - s) * x + s * noise, t, y, return_align=True)
+        terms = {"denoising": (v - (noise - x)).square().mean(),
+                 "repa": -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()}
+        total = terms["denoising"] + 0.5 * terms["repa"]
+        if args.vae_repa_depth:
+            target = models.patchify(x, like=heads["vae_repa"])
+            terms["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], target, beta=0.05)
+            total = total + terms["vae_repa"]
+        return terms, total
+
     for step in range(steps):
         rows = torch.tensor(drawn_rows(args.seed, step, args.batch_size, 12))
         eps, noise, t, u_drop, _ = drawn_numbers(args.seed, step, args.batch_size, (4, 8, 8))
         picture, s = images[rows] / 127.5 - 1, t.view(-1, 1, 1, 1)
-        tokens = encoder(images[rows])
+        tokens, y = encoder(images[rows]), torch.where(u_drop < args.label_dropout, facts["num_classes"],
+                                                       labels[rows])
         posterior = vae.encode(picture).latent_dist
         z = posterior.mean + posterior.std * eps
         decoded = vae.decode(z).sample
@@ -331,21 +354,21 @@ def plain_loop(settings, folder, steps, vae, gan, lpips, encoder):
         if args.gan_weight:
             line["gan"] = -gan(decoded).mean()
             total = total + 0.1 * line["gan"]
+        x = copy.deepcopy(bn).train()(z)  # with its gradient
+        if args.tune_vae == "diffusion-loss":
+            line["tune_sit"] = sit_loss(x)[0]["denoising"]
+            total = total - 1.5 * line.pop("tune_repa") + line["tune_sit"]
+        if args.tune_vae == "no-stop-gradient":
+            _, line["tune_sit"] = sit_loss(x)
+            total = total + line["tune_sit"]
         line["vae_grad_norm"] = step_of(total, vae, optimizers[0])
         if args.gan_weight:
             real, fake = gan(picture), gan(decoded.detach())
             hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             line["discriminator"], line["gan_grad_norm"] = hinge, step_of(hinge, gan, optimizers[1])
-        x = bn.train()(z.detach())
-        y = torch.where(u_drop < args.label_dropout, facts["num_classes"], labels[rows])
-        v, heads = sit((1 - s) * x + s * noise, t, y, return_align=True)
-        line["denoising"] = (v - (noise - x)).square().mean()
-        line["repa"] = -F.cosine_similarity(heads["repa"], tokens, dim=2).mean()
-        total = line["denoising"] + 0.5 * line["repa"]
-        if args.vae_repa_depth:
-            target = models.patchify(x, like=heads["vae_repa"])
-            line["vae_repa"] = F.smooth_l1_loss(heads["vae_repa"], target, beta=0.05)
-            total = total + line["vae_repa"]
+        x = (bn.eval() if args.tune_vae == "no-batch-norm" else bn.train())(z.detach())
+        terms, total = sit_loss(x)
+        line |= terms
         line["grad_norm"] = step_of(total, sit, optimizers[2])
         now = {**sit.state_dict(), **{f"bn.{k}": v for k, v in bn.state_dict().items()}}
         average = {k: v if k.endswith("tracked") else args.ema_decay * v + (1 - args.ema_decay) * now[k]
@@ -364,10 +387,13 @@ def assert_close_weights(found, expected):
 
 @pytest.mark.parametrize("flags", [
     ("--label-dropout", 0.5, "--ema-decay", 0.7), ("--vae-repa-depth", 1, "--grad-clip", 0.1),
-    ("--lpips-weight", 0, "--gan-weight", 0, "--l1-weight", 3)], ids=lambda flags: "_".join(map(str, flags)))
-def test_training_equals_a_plain_loop(capsys, tuning, common, vae, tmp_path, flags):
+    ("--lpips-weight", 0, "--gan-weight", 0, "--l1-weight", 3),
+    ("--variant", "diffusion-loss"), ("--variant", "no-stop-gradient", "--vae-repa-depth", 1),
+    ("--variant", "no-batch-norm")], ids=lambda flags: "_".join(map(str, flags)))
+def test_training_equals_a_plain_loop(capsys, unpatched, tuning, common, vae, tmp_path, flags):
+    script = "repa_e" if "--variant" in flags else "train"
     flags = [*common, *map(str, flags)]
-    lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3)
+    lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3, script=script)
     gan = models.Discriminator()
     gan.load_state_dict(load(tuning[1][5]))
     networks = (load_vae(str(vae)).requires_grad_(), gan, models.LPIPS(*map(load, tuning[1][2:4])),
@@ -570,7 +596,7 @@ def test_published_vaes(capsys, images, vae, tmp_path):
 
 def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tuned_run, tmp_path):
     """The same run, to rounding."""
-    repa_e.export(models.Encoder(tiny_encoder(), 32), tmp_path / "a.pt2", 32)
+    export(models.Encoder(tiny_encoder(), 32), tmp_path / "a.pt2", 32)
     encoder, images = models.load_encoder(str(tmp_path / "a.pt2"), 32), some_batch(5)["images"]
     with torch.autocast("cpu", torch.bfloat16):
         tokens = encoder(images)
@@ -580,40 +606,6 @@ def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tuned_run, t
     lines, _ = fit(capsys, tuning[0], tmp_path / "own", *flags)
     for a, b in zip(lines, log(tuned_run)[:2], strict=True):
         assert a["repa"] == pytest.approx(b["repa"], rel=1e-4) and a["l1"] == pytest.approx(b["l1"], rel=1e-4)
-
-
-class Clip(torch.nn.Module):
-    """In the place of transformers' CLIPVisionModel: 14 x 14 pixels to a token, after a class token."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 8, 14, 14)
-
-    @classmethod
-    def from_pretrained(cls, name):
-        torch.manual_seed(len(name))
-        return cls()
-
-    def forward(self, x):
-        tokens = F.pad(self.conv(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))
-        return SimpleNamespace(last_hidden_state=tokens)
-
-
-def test_readmes_encoder(monkeypatch, tmp_path):
-    """README's program is one that --repa-encoder takes: resized, normalised, without the class token."""
-    code = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(CLIPVisionModel=Clip))
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"__name__": "exported"})
-    encoder = models.load_encoder("clip-l.pt2", 256)
-    assert (encoder.side, encoder.dim) == (16, 8)
-    images = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
-    small = F.interpolate(images / 255, (224, 224), mode="bicubic")
-    mean, std = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # CLIP's
-    x = (small - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    clip = Clip.from_pretrained("openai/clip-vit-large-patch14")
-    expected = clip(x).last_hidden_state[:, 1:]
-    torch.testing.assert_close(encoder(images).float(), expected, rtol=0.05, atol=0.05)
 
 
 class Tokens(torch.nn.Module):
@@ -630,33 +622,64 @@ class Tokens(torch.nn.Module):
 def test_encoders_that_do_not_fit(capsys, tuning, common, tmp_path, shape, says):
     (tmp_path / "a.pt2").write_bytes(b"x")
     if shape:
-        repa_e.export(Tokens(*shape), tmp_path / "a.pt2", 32)
+        export(Tokens(*shape), tmp_path / "a.pt2", 32)
     flags = (*common, "--repa-encoder", tmp_path / "a.pt2")
     assert says in refused(capsys, tuning[0], tmp_path / "run", *flags)
 
 
+def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path):
+    """Gradients pass the norm's statistics over both; its run is named, and kept apart from others."""
+    plain = (*common, "--gan-weight", 0, "--lpips-weight", 0, "--batch-size", 8, "--lr", 1e-5,
+             "--max-steps", 2)
+    flags = (*plain, "--variant", "no-stop-gradient")
+    whole, state = fit(capsys, tuning[0], tmp_path / "whole", *flags, script="repa_e")
+    process("tests/repa_e", *TINY, *flags, "--data", tuning[0], "--run-dir", tmp_path / "pair", processes=2)
+    other = load(tmp_path / "pair/state.pt")
+    for a, b in zip(log(tmp_path / "pair"), whole, strict=True):
+        for key in a.keys() - {"images_per_s", "memory_gib"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
+    first = len(state["model"]) - 3  # in the optimizer, of the VAE: SiT's come first
+    gradients = [[each["opt"]["state"][i]["exp_avg"] for each in (state, other)]
+                 for i in range(first, len(state["opt"]["state"]))]
+    assert len(gradients) == len(state["tuned"])
+    largest = max(mine.abs().max() for mine, _ in gradients)
+    for mine, theirs in gradients:
+        assert (mine - theirs).abs().max() <= 1e-3 * mine.abs().max() + 1e-6 * largest
+    assert state["settings"]["tune_vae"] == "no-stop-gradient"
+    assert "tune_vae is 'no-stop-gradient' there" in refused(capsys, tuning[0], tmp_path / "whole", *plain)
+
+
 @pytest.mark.slow
-def test_without_stop_gradient_the_latents_collapse(capsys, monkeypatch, tuning, common, tmp_path):
-    """Tables 1 and 7: tuned by the diffusion loss, the VAE makes latents that are easy to denoise; by REPA's,
-    it does not."""
-    variances = {}
-    for name, losses, weight in (("repa", train.vae_losses, 1.5), ("naive", repa_e.naive_losses, 1)):
-        monkeypatch.setattr(train, "vae_losses", losses)
-        flags = (*common, "--gan-weight", 0, "--lpips-weight", 0, "--tune-repa-weight", weight)
-        _, state = fit(capsys, tuning[0], tmp_path / name, *flags, "--max-steps", 40, "--lr", 5e-3)
-        variances[name] = state["model"]["bn.running_var"].mean().item()
-    assert variances["naive"] < variances["repa"] / 10, variances
+@pytest.mark.parametrize("variant", ["diffusion-loss", "no-stop-gradient"])
+def test_without_stop_gradient_the_latents_collapse(tmp_path, variant):
+    """Tables 1 and 7, on the demo's images: if the diffusion loss reaches the VAE, an image's pixels get nearly
+    one latent, which is easy to denoise; as they are, a tenth of the latents' variance is between images."""
+    images, data, size = tmp_path / "images", tmp_path / "set", repa_e.SIZE
+    process("tests/data/draw_images", images, "--count", 400, "--size", size)
+    process("extract_latents", "--images", images, "--out", data, "--vae", ROOT / "tests/data/vae",
+            "--image-size", size, "--store-images")
+    export(repa_e.Encoder(), tmp_path / "encoder.pt2", size)
+    process("tests/repa_e", "--variant", variant, *repa_e.TUNED, "--data", data, "--run-dir", tmp_path / "run",
+            "--model", "SiT-Ti/2", "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
+            tmp_path / "encoder.pt2", "--batch-size", 32, "--max-steps", 100, "--lr", 1e-3, "--sample-every", 0)
+    images = torch.from_numpy(np.load(data / "images.npy")).permute(0, 3, 1, 2) / 127.5 - 1
+    within = []
+    for vae in (ROOT / "tests/data/vae", tmp_path / "run/checkpoints/0000100-vae"):
+        with torch.no_grad():
+            z = load_vae(str(vae)).encode(images).latent_dist.mean
+        within.append(figures.variance(z) / z.var(dim=(0, 2, 3)).mean().item())
+    assert within[0] > 0.8 and within[1] < 0.1, within
 
 
 @pytest.mark.slow
 def test_the_comparison():
-    """Its table has README's columns and methods, and a picture."""
+    """Its table has PAPERS.md's columns and methods, and a picture."""
     run = process("tests/repa_e", "--steps", 20)
     lines, picture = re.findall(r"^\|.*", run.stdout, re.M), ROOT / "runs/repa-e/reconstructions.png"
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert lines[0] in readme and Image.open(picture).size == (640, 4 * 64)
+    shown = (ROOT / "tests/PAPERS.md").read_text().splitlines()
+    assert lines[0] in shown and Image.open(picture).size == (640, 6 * 64)
     for line, method in zip(lines[2:], repa_e.METHODS, strict=True):
-        assert line.startswith(f"| {method} |") and any(row.startswith(f"| {method} |") for row in readme)
+        assert line.startswith(f"| {method} |") and any(row.startswith(f"| {method} |") for row in shown)
 
 
 BAD = [
@@ -685,7 +708,7 @@ def test_what_else_is_refused(capsys, data, tuning, common, tmp_path, tuned_run)
     without = shutil.copytree(tuning[0], tmp_path / "without")
     (without / "images.npy").unlink()
     assert "--store-images" in refused(capsys, without, tmp_path / "r", *common)
-    repa_e.export(Tokens(4, 5), tmp_path / "a.pt2", 64)
+    export(Tokens(4, 5), tmp_path / "a.pt2", 64)
     vq = tmp_path / "vq"
     VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(vq)
     about = {**json.loads((tuning[0] / "latents.json").read_text()), "vae_content": None}
@@ -699,7 +722,7 @@ def test_what_else_is_refused(capsys, data, tuning, common, tmp_path, tuned_run)
             np.save(folder / "images.npy", np.zeros(images, np.uint8))
         assert says in refused(capsys, folder, tmp_path / "r", *common, *other)
     small = write_set(tmp_path / "small", size=4, image_size=16, vae=about["vae"])
-    repa_e.export(Tokens(1, 5), tmp_path / "b.pt2", 16)
+    export(Tokens(1, 5), tmp_path / "b.pt2", 16)
     said = refused(capsys, small, tmp_path / "r", *common, "--repa-encoder", tmp_path / "b.pt2")
     assert "a discriminator for 16 pixels" in said
     fit(capsys, tuning[0], tmp_path / "plain", *plain, "--max-steps", 2)

@@ -29,9 +29,9 @@ from models import SiT_models, patchify
 pytestmark = pytest.mark.usefixtures("all_on_one_thread")
 
 
-def fit(capsys, data, run, *flags):
+def fit(capsys, data, run, *flags, script="train"):
     """Train in this process: (log lines, the last state)."""
-    status, _, stderr = cli(capsys, "train", *TINY, "--data", data, "--run-dir", run, *flags)
+    status, _, stderr = cli(capsys, script, *TINY, "--data", data, "--run-dir", run, *flags)
     assert status == 0, stderr
     return log(run), load(run / "state.pt")
 
