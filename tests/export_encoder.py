@@ -97,7 +97,9 @@ def main():
     except Exception as error:  # hub, network, files and shapes have no common class
         fail(f"cannot load {args.encoder} from {source}: {first_line(error)}")
     export(encoder, args.out, args.image_size)
-    print(f"{args.out}: {encoder(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]}")
+    with torch.no_grad():
+        _, count, dim = encoder(torch.zeros(1, 3, args.image_size, args.image_size)).shape
+    print(f"{args.out}: {count} tokens of {dim} numbers for {args.image_size} pixels")
 
 
 if __name__ == "__main__":

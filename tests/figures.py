@@ -353,6 +353,10 @@ def draw_alignment(args):
     latents = Latents(args.data, extras=["images"])
     names, checkpoints = find_checkpoints(args)
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
+    metrics = {key: kept(measured_files(path, args)[1]) for key, path in checkpoints.items()}
+    references = {(known["reference"], known["feature_space"]) for known in metrics.values() if known}
+    if len(references) > 1:
+        fail(f"`convergence` measured these with different references: {' and '.join(map(str, references))}")
     _, _, device = init_distributed()
     encoder = load_target(args, latents, device)
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
@@ -360,7 +364,7 @@ def draw_alignment(args):
                         tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target)])
     target = neighbours(target.to(where), args.k)
 
-    labels, found, x, encoded_by, measured = torch.from_numpy(latents.labels[rows]), [], None, None, set()
+    labels, found, x, encoded_by = torch.from_numpy(latents.labels[rows]), [], None, None
     for (name, step), path in checkpoints.items():
         model, trained = load_model(path)
         if args.layer and args.layer > len(model.blocks):
@@ -372,12 +376,8 @@ def draw_alignment(args):
         outputs = block_outputs(model.to(device), x, rows, labels, args.t, layers, pool=True)
         agreement, layer = max((cknna(neighbours(h.to(where), args.k), target), layer)
                                for layer, h in zip(layers, outputs))
-        metrics = kept(measured_files(path, args)[1])
-        measured |= {(metrics.get("reference"), metrics.get("feature_space"))} if metrics else set()
         found.append({"run": name, "step": step, "layer": layer, "CKNNA": agreement,
-                      "FID": metrics.get("FID")})
-    if len(measured) > 1:
-        fail(f"`convergence` measured these against different references: {' and '.join(map(str, measured))}")
+                      "FID": metrics[name, step].get("FID")})
     write_json(Path(args.out, "alignment.json"), found)
     print_table(["", "step", "block", "CKNNA", "FID"], [
         [row["run"], row["step"], row["layer"], f"{row['CKNNA']:.3f}",

@@ -377,6 +377,51 @@ def test_cknna_of_blocks(ckpts, stored, capsys, tmp_path, panel, target):
     assert lines(panel)["aligned"] == ([1, 2, 3, 4, 5, 6], found["aligned"]["0.5"])
 
 
+def test_alignment(runs, stored, images, capsys, tmp_path, panel):
+    """For each checkpoint the block that agrees most, by the definition, on latents of the run's own VAE; FID
+    as `convergence` has left it."""
+    fixed = shutil.copytree(runs[0], tmp_path / "fixed", ignore=shutil.ignore_patterns("figures"))
+    run = tmp_path / "tuned"
+    flags = ("--data", stored, "--run-dir", run, "--repa-depth", 2, "--repa-encoder", "dinov2_vitt14")
+    tune = ("--tune-vae", "--lpips-weight", 0, "--gan-weight", 0, "--max-steps", 4, "--ckpt-every", 2)
+    assert cli(None, "train", *TINY, *flags, *tune, "--lr", 0.02, "--ema-decay", 0)[0] == 0
+    sampler = ("--num-samples", 6, "--mode", "ode", "--num-steps", 2)
+    words = ("alignment", fixed, run, "--data", stored, "--target", "dinov2_vitt14", "--k", 4, *sampler,
+             "--out", tmp_path, "--names", "fixed", "tuned")
+    table = draw(capsys, *words)
+    features = load_encoder("dinov2_vitt14", 32)(
+        torch.from_numpy(np.load(stored / "images.npy")).permute(0, 3, 1, 2)).mean(1).numpy()
+    found = json.loads((tmp_path / "alignment.json").read_text())
+    assert [row[:2] for row in table] == [["fixed", "2"], ["fixed", "4"], ["tuned", "2"], ["tuned", "4"]]
+    for row, cells, folder in zip(found, table, (fixed, fixed, run, run)):
+        ckpt, data = folder / "checkpoints" / f"{row['step']:07d}.pt", stored
+        if folder == run:
+            data = tmp_path / str(row["step"])
+            own = ("--images", images, "--vae", f"{ckpt.with_suffix('')}-vae", "--image-size", 32)
+            assert cli(None, "extract_latents", *own, "--out", data, "--num-workers", 1)[0] == 0
+        _, outputs = outputs_of(ckpt, data, 0.5)
+        agreement = [literal_cknna(h.mean(1).numpy(), features, 4) for h in outputs]
+        assert row["CKNNA"] == pytest.approx(max(agreement), abs=3e-3)
+        assert agreement[row["layer"] - 1] == pytest.approx(max(agreement), abs=3e-3)
+        assert cells[2:] == [str(row["layer"]), f"{row['CKNNA']:.3f}", ""] and row["FID"] is None
+    assert lines(panel)["tuned"] == ([2, 4], [row["CKNNA"] for row in found[2:]])
+
+    made = {"reference": "a.npz", "feature_space": "Inception"}
+    for row, folder in zip(found[:3], (fixed, fixed, run)):
+        record = folder / "figures/6_ode-2" / f"{row['step']:07d}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({**made, "FID": 9 - 2 * row["CKNNA"]}))
+    panel.plot.reset_mock()
+    table = draw(capsys, *words, "--layer", 3)
+    assert [cells[2] for cells in table] == ["3"] * 4 and [cells[4] != "" for cells in table] == [1, 1, 1, 0]
+    dots, tuned = [call.args for call in panel.plot.mock_calls if "label" not in call.kwargs]
+    assert len(dots[0]) == 2 and tuned[1] == (9 - 2 * found[2]["CKNNA"],)
+    draw(capsys, *words)
+    assert panel.set_title.call_args.args == ("r² = 1.00",)  # of the line from which they were made
+    record.write_text(json.dumps({**made, "reference": "b.npz", "FID": 3}))
+    refused(capsys, "different references", *words)
+
+
 def test_a_model_without_null_class(latents, vae, capsys, tmp_path, panel):
     """It gets the images' labels, which must be of its classes."""
     flags = ("--data", latents, "--run-dir", tmp_path / "run", "--label-dropout", 0, "--lr", 1e-2)
@@ -470,6 +515,11 @@ def test_matplotlib_itself(tmp_path):
     ("cknna --ckpt {ckpt} --data {latents}", "--store-images"),
     ("cknna --ckpt {ckpt} --data {latents} --target latents --k 12", "at least 13"),
     ("cknna --ckpt {ckpt} --data {stored} --target dinov2_nowhere", "cannot be loaded"),
+    ("alignment {run} --data {latents}", "--store-images"),
+    ("alignment {run} --data {stored} --steps 3 --target dinov2_vitt14", "checkpoints has no 3.pt"),
+    ("alignment {run} --data {stored} --target dinov2_vitt14 --k 4 --layer 7", "has 6 blocks"),
+    ("alignment {run} --data {stored} --k 12", "at least 13"),
+    ("alignment {run} --data {larger} --target {detector} --k 4", "it makes latents of [4, 16, 16]"),
     ("latents --data {latents} {other}", "other images"),
     ("latents --data {latents} --count 1", "at least 2"),
     ("convergence {run} --ref {images} --detector {detector} --weights x", "not allowed with"),
@@ -477,8 +527,10 @@ def test_matplotlib_itself(tmp_path):
 def test_bad_input(words, says, runs, ckpts, images, latents, stored, vae, capsys, tmp_path, panel):
     write_set(tmp_path / "other", scale=1, shift=0)
     write_set(tmp_path / "small", size=4, vae=str(vae))
+    write_set(tmp_path / "larger", image_size=64)
     paths = {"run": runs[0], "ckpt": ckpts[0], "images": images, "latents": latents, "stored": stored,
-             "detector": DETECTOR, "vae": vae.name, "other": tmp_path / "other", "small": tmp_path / "small"}
+             "detector": DETECTOR, "vae": vae.name}
+    paths |= {name: tmp_path / name for name in ("other", "small", "larger")}
     out = ["--out", tmp_path / "out"] if words else []
     refused(capsys, says.format(**paths), *words.format(**paths).split(), *out)
     assert not (tmp_path / "out").exists()

@@ -652,16 +652,17 @@ def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["diffusion-loss", "no-stop-gradient"])
 def test_without_stop_gradient_the_latents_collapse(tmp_path, variant):
-    """Tables 1 and 7, on the demo's images: if the diffusion loss reaches the VAE, an image's pixels get nearly
-    one latent, which is easy to denoise; as they are, a tenth of the latents' variance is between images."""
+    """Tables 1 and 7, on the demo's images: if the diffusion loss reaches the VAE, an image's pixels get
+    nearly one latent, which is easy to denoise; before, most of the variance is within images."""
     images, data, size = tmp_path / "images", tmp_path / "set", repa_e.SIZE
     process("tests/data/draw_images", images, "--count", 400, "--size", size)
     process("extract_latents", "--images", images, "--out", data, "--vae", ROOT / "tests/data/vae",
             "--image-size", size, "--store-images")
     export(repa_e.Encoder(), tmp_path / "encoder.pt2", size)
-    process("tests/repa_e", "--variant", variant, *repa_e.TUNED, "--data", data, "--run-dir", tmp_path / "run",
-            "--model", "SiT-Ti/2", "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
-            tmp_path / "encoder.pt2", "--batch-size", 32, "--max-steps", 100, "--lr", 1e-3, "--sample-every", 0)
+    process("tests/repa_e", "--variant", variant, *repa_e.TUNED, "--data", data, "--run-dir",
+            tmp_path / "run", "--model", "SiT-Ti/2", "--vae-repa-depth", 0, "--repa-depth", 2,
+            "--repa-encoder", tmp_path / "encoder.pt2", "--batch-size", 32, "--max-steps", 100, "--lr", 1e-3,
+            "--sample-every", 0)
     images = torch.from_numpy(np.load(data / "images.npy")).permute(0, 3, 1, 2) / 127.5 - 1
     within = []
     for vae in (ROOT / "tests/data/vae", tmp_path / "run/checkpoints/0000100-vae"):
