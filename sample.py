@@ -92,7 +92,7 @@ def rng(seed, index, device):
 def randn_like(x, generators):
     if generators is None:
         return torch.randn_like(x)
-    new = torch.empty_like(x)
+    new = torch.empty_like(x, memory_format=torch.contiguous_format)  # else its order decides
     for image, generator in zip(new, generators):
         image.normal_(generator=generator)
     return new

@@ -19,7 +19,7 @@ from conftest import DETECTOR, TINY, cli, message, write_set
 from PIL import Image
 
 import fid
-from extract_latents import decode, list_images, load_image, load_vae
+from extract_latents import decode, encode, latent_normalization, list_images, load_image, load_vae
 from models import SiT_models, load_encoder
 from sample import load_model, rng
 
@@ -299,7 +299,8 @@ def outputs_of(ckpt, data, t, labels=False):
     """Latents' means x (12, C, H, W) of a set, and each block's output (12, N, D) for them, by hooks."""
     model, trained = load_model(ckpt)
     about = json.loads((data / "latents.json").read_text())
-    x = (np.load(data / "moments.npy").astype(np.float32)[:, :4] - about["shift"]) * about["scale"]
+    shift, scale = (np.float32(about[key]).reshape(-1, 1, 1) for key in ("shift", "scale"))
+    x = (np.load(data / "moments.npy").astype(np.float32)[:, :4] - shift) * scale
     noise = [torch.randn(x.shape[1:], generator=rng(0, row, "cpu")) for row in range(len(x))]
     y, outputs = torch.from_numpy(np.load(data / "labels.npy")) if labels else torch.full((12,), 3), []
     for block in model.blocks:
@@ -377,7 +378,7 @@ def test_cknna_of_blocks(ckpts, stored, capsys, tmp_path, panel, target):
     assert lines(panel)["aligned"] == ([1, 2, 3, 4, 5, 6], found["aligned"]["0.5"])
 
 
-def test_alignment(runs, stored, images, capsys, tmp_path, panel):
+def test_alignment(runs, stored, vae, capsys, tmp_path, panel):
     """For each checkpoint the block that agrees most, by the definition, on latents of the run's own VAE; FID
     as `convergence` has left it."""
     fixed = shutil.copytree(runs[0], tmp_path / "fixed", ignore=shutil.ignore_patterns("figures"))
@@ -389,21 +390,23 @@ def test_alignment(runs, stored, images, capsys, tmp_path, panel):
     words = ("alignment", fixed, run, "--data", stored, "--target", "dinov2_vitt14", "--k", 4, *sampler,
              "--out", tmp_path, "--names", "fixed", "tuned")
     table = draw(capsys, *words)
-    features = load_encoder("dinov2_vitt14", 32)(
-        torch.from_numpy(np.load(stored / "images.npy")).permute(0, 3, 1, 2)).mean(1).numpy()
+    pictures = torch.from_numpy(np.load(stored / "images.npy")).permute(0, 3, 1, 2)
+    features = load_encoder("dinov2_vitt14", 32)(pictures).mean(1).numpy()
     found = json.loads((tmp_path / "alignment.json").read_text())
     assert [row[:2] for row in table] == [["fixed", "2"], ["fixed", "4"], ["tuned", "2"], ["tuned", "4"]]
     for row, cells, folder in zip(found, table, (fixed, fixed, run, run)):
-        ckpt, data = folder / "checkpoints" / f"{row['step']:07d}.pt", stored
-        if folder == run:
-            data = tmp_path / str(row["step"])
-            own = ("--images", images, "--vae", f"{ckpt.with_suffix('')}-vae", "--image-size", 32)
-            assert cli(None, "extract_latents", *own, "--out", data, "--num-workers", 1)[0] == 0
+        ckpt = folder / "checkpoints" / f"{row['step']:07d}.pt"
+        own = str(vae) if folder == fixed else f"{ckpt.with_suffix('')}-vae"
+        shift, scale = latent_normalization(load_vae(own).config)
+        data = shutil.copytree(stored, tmp_path / f"{folder.name}_{row['step']}")
+        np.save(data / "moments.npy", encode(load_vae(own), pictures).numpy())  # in float32
+        about = json.loads((data / "latents.json").read_text())
+        (data / "latents.json").write_text(json.dumps(about | {"shift": shift, "scale": scale}))
         _, outputs = outputs_of(ckpt, data, 0.5)
         agreement = [literal_cknna(h.mean(1).numpy(), features, 4) for h in outputs]
-        assert row["CKNNA"] == pytest.approx(max(agreement), abs=3e-3)
-        assert agreement[row["layer"] - 1] == pytest.approx(max(agreement), abs=3e-3)
-        assert cells[2:] == [str(row["layer"]), f"{row['CKNNA']:.3f}", ""] and row["FID"] is None
+        assert row["CKNNA"] == pytest.approx(max(agreement), abs=1e-4)
+        assert agreement[row["layer"] - 1] == pytest.approx(max(agreement), abs=1e-4)
+        assert cells[2:] == [str(row["layer"]), f"{row['CKNNA']:.3f}"] and row["FID"] is None
     assert lines(panel)["tuned"] == ([2, 4], [row["CKNNA"] for row in found[2:]])
 
     made = {"reference": "a.npz", "feature_space": "Inception"}
@@ -413,7 +416,7 @@ def test_alignment(runs, stored, images, capsys, tmp_path, panel):
         record.write_text(json.dumps({**made, "FID": 9 - 2 * row["CKNNA"]}))
     panel.plot.reset_mock()
     table = draw(capsys, *words, "--layer", 3)
-    assert [cells[2] for cells in table] == ["3"] * 4 and [cells[4] != "" for cells in table] == [1, 1, 1, 0]
+    assert [cells[2] for cells in table] == ["3"] * 4 and [len(cells) for cells in table] == [5, 5, 5, 4]
     dots, tuned = [call.args for call in panel.plot.mock_calls if "label" not in call.kwargs]
     assert len(dots[0]) == 2 and tuned[1] == (9 - 2 * found[2]["CKNNA"],)
     draw(capsys, *words)
