@@ -1,12 +1,17 @@
-"""REPA-E on the demo's images: what tuning the VAE does to its latents, in 45 minutes on a CPU core:
+"""REPA-E's ablations (Tables 1 and 7): what tunes the VAE, and what that does to its latents.
+
+    torchrun --nproc_per_node=8 tests/repa_e.py --variant NAME    # train.py with its flags, but for --tune-vae
+
+NAME is diffusion-loss (which tunes the VAE in the place of REPA's loss), no-stop-gradient (all of SiT's loss
+tunes it, too) or no-batch-norm (latents are normalised by the first VAE's statistics).
 
     python tests/repa_e.py
 
-trains SiT with REPA three times with the same seed: with a fixed VAE; with --tune-vae; and with the VAE tuned
-by the diffusion loss in the place of REPA's, which REPA-E warns of (Table 1): its latents collapse. REPA's
-encoder is the classifier of tests/data/detector.pt2, cut before its mean over places; LPIPS is off for want
-of weights, the GAN for want of time. It prints a table and draws reconstructions.png, a row of images and one
-for each VAE, into runs/repa-e. If interrupted, run the same command again.
+compares them on the demo's images, in MINUTES on a CPU core: it trains SiT with REPA five times with the same
+seed, with a fixed VAE, with --tune-vae, and as above. REPA's encoder is the classifier of
+tests/data/detector.pt2, cut before its mean over places; LPIPS is off for want of weights, the GAN for want
+of time. It prints a table and draws reconstructions.png, a row of images and one for each VAE, into
+runs/repa-e. If interrupted, run the same command again.
 
 What README's table says: as in REPA-E's Table 1, the diffusion loss makes the latents collapse: easy to
 denoise, poor as images. REPA-E's stay whole, and vary less between neighbours in units of their standard
@@ -92,12 +97,8 @@ def variant_parser():
     return parser
 
 
-def train_variant():
+def train_variant(args):
     """train.py, with another VAE's loss, or another norm of latents."""
-    train.make_parser = variant_parser
-    args = train.parse_args()
-    if args.sra_depth:
-        fail("SRA cannot be on in a --variant")
     train.vae_losses = VARIANTS[args.tune_vae]
     train.vae_loss_weights = lambda args: {**vae_loss_weights(args), "tune_sit": 1}
     if args.tune_vae == "no-batch-norm":  # Table 7: the statistics stay those of the VAE as it was
@@ -139,20 +140,28 @@ def measure(folder, data, args):
 
 
 def parse_args():
+    if any(word.split("=")[0] == "--variant" for word in sys.argv):
+        train.make_parser = variant_parser
+        args = train.parse_args()
+        if args.sra_depth:
+            fail("SRA cannot be on in a --variant: give --sra-depth 0")
+        return args
     parser = Parser(__doc__)
     parser.add_argument("--steps", type=positive_int, default=1400, help="to train")
     return parser.parse_args()
 
 
 def main():
-    if any(word.split("=")[0] == "--variant" for word in sys.argv):
-        train_variant()
+    args = parse_args()
+    if "tune_vae" in args:
+        train_variant(args)
     else:
-        compare()
+        compare(args)
 
 
-def compare():
-    args, data, out, rows = parse_args(), Path("runs/demo/2000-images"), Path("runs/repa-e"), []
+def compare(args):
+    """Train and measure each of METHODS: a row of the table, and of the picture."""
+    data, out, rows = Path("runs/demo/2000-images"), Path("runs/repa-e"), []
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     call("tests/data/draw_images.py", data / "images", "--count", 2000, "--size", SIZE)

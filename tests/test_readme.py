@@ -15,6 +15,7 @@ from pathlib import Path
 import demo
 import numpy as np
 import pytest
+import repa_e
 import torch.distributed.run
 from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows, process
 from PIL import Image
@@ -22,23 +23,34 @@ from test_fid import METRICS
 
 import extract_latents
 
-README = (ROOT / "README.md").read_text()
-TEXT = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)  # without blocks of code
-WORDS = re.findall(r"`([^`]+)`", TEXT)  # set as code
-SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e")
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "tests/PAPERS.md")}
+README = DOCS["README.md"]
+SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e",
+           "convert_vae", "export_encoder")
 
 
-def commands():
-    """Each command line of README, those of the table's flags included."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", "")
-    lines = [*blocks.splitlines(), *re.findall(r"^    (\S.*)", TEXT, re.M), *WORDS]
-    parts = [part for line in lines for part in line.split(" && ")]
-    rows = re.findall(r"^\|(?: \w+[\w-]* \|)? `(--[^`]*)`", TEXT, re.M)  # flags of train.py
-    return [*(part for part in parts if re.match(r"(python|torchrun) .*(\.py|-m )", part)),
-            *(f"python train.py {flags}" for flags in rows)]
+def text_of(doc):
+    """A document without its blocks of code, and the words that are set as code in it."""
+    text = re.sub(r"^```.*?^```", "", DOCS[doc], flags=re.S | re.M)
+    return text, re.findall(r"`([^`]+)`", text)
 
 
-@pytest.mark.parametrize("command", commands())
+def commands(doc):
+    """Each command line of a document; those that a table's flags stand for, too."""
+    text, words = text_of(doc)
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", DOCS[doc], re.S)).replace("\\\n", "")
+    lines = [*blocks.splitlines(), *re.findall(r"^    (\S.*)", text, re.M), *words]
+    lines = [part for line in lines for part in line.split(" && ")]
+    first = None  # a row's flags, of train.py, which the next row may continue with an ellipsis
+    for more, flags in re.findall(r"^\|(?: \w+[\w-]* \|)? (… )?`(--[^`]*)`", text, re.M):
+        first = first if more else flags
+        lines.append(f"python train.py {first} {flags if more else ''}")
+    for script, flags in re.findall(r"^\| `([\w/]+\.py) (--[^`]+)`", text, re.M):
+        lines.append(f"python {script} {'--ckpt a.pt ' if script == 'sample.py' else ''}{flags}")
+    return [line for line in lines if re.match(r"(python|torchrun) .*(\.py|-m )", line)]
+
+
+@pytest.mark.parametrize("command", [command for doc in DOCS for command in commands(doc)])
 def test_commands_can_be_pasted(monkeypatch, command):
     """The script's own parser takes them, and torchrun's."""
     assert not re.search(r"…|\b(FILE|FOLDER|NAME|DIR|MODE)\b", command)
@@ -68,40 +80,66 @@ def test_flags_exist(monkeypatch):
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args()
+    known["repa_e"] |= {*repa_e.variant_parser()._option_string_actions}
     every = set().union(*known.values(), {"--early-v-depth", "--qk-norm", "--shm-size"})
     shown = 0
-    for word in WORDS:
-        named = re.match(r"(\w+)\.py ", word)
-        for flag in re.findall(r"(?<![\w-])--[\w-]+", word):
-            assert flag in (known[named[1]] if named else every), word
-            shown += 1
-    assert shown > 20 and len(commands()) > 25
+    for doc in DOCS:
+        _, words = text_of(doc)
+        for word in words:
+            named = re.match(r"(?:tests/)?(\w+)\.py ", word)
+            for flag in re.findall(r"(?<![\w-])--[\w-]+", word):
+                assert flag in (known[named[1]] if named else every), word
+                shown += 1
+    assert shown > 100 and len(commands("README.md")) > 15 and len(commands("tests/PAPERS.md")) > 70
 
 
-def test_links_and_files():
+def anchors(doc):
+    """What headings of a document are linked by."""
+    headings = re.findall(r"^#+ (.*)", text_of(doc)[0], re.M)
+    found = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    assert len(set(found)) == len(found)
+    return found
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_links_and_files(doc):
     """Links point at the lines that they name, pictures are small, scripts and headings exist."""
-    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", DOCS[doc])
     for name, file, line in links:
         there = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b", there), f"{name} is not at {file}#L{line}"
-    targets = re.findall(r"\]\(([^)\s]+)\)", TEXT)
-    headings = re.findall(r"^#+ (.*)", TEXT, re.M)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    files = [target.split("#")[0] for target in targets if not target.startswith(("https://", "#"))]
-    files += re.findall(r"[\w./]+\.py\b", README)
-    assert len(links) >= 6 and not [file for file in files if not (ROOT / file).exists()]
-    assert not [target for target in targets if target.startswith("#") and target not in anchors]
-    pictures = [ROOT / file for file in files if file.endswith(".png")]
-    for picture in pictures:
-        Image.open(picture).load()
-        assert os.path.getsize(picture) <= 300_000
-    assert pictures
+    text, pictures = text_of(doc)[0], 0
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / doc).parent / path if path else ROOT / doc
+            assert file.exists(), target
+            if file.suffix == ".md" and anchor:
+                assert anchor in anchors(str(file.resolve().relative_to(ROOT))), target
+            if file.suffix == ".png":
+                pictures += 1
+                Image.open(file).load()
+                assert os.path.getsize(file) <= 300_000
+    named = re.findall(r"(?<![\w./])[\w./]+\.(?:py|patch)\b", text)
+    assert not [file for file in named if not any((ROOT / at / file).exists() for at in ("", "tests"))]
+    assert pictures >= 2 and named and (len(links) >= 6 or doc != "README.md")
+
+
+def test_each_table_of_the_papers():
+    """As many rows as the papers have: Table 1 with five metrics each, and so on."""
+    sections = re.split(r"^#+ ", DOCS["tests/PAPERS.md"], flags=re.M)
+    rows = {section.split("\n")[0]: re.findall(r"^\| [^|\n]*(?:`|\+|none|not|SiT)[^\n]*", section, re.M)
+            for section in sections}
+    counts = {"VAE-REPA, Table 1": 14, "VAE-REPA, Table 2": 10, "VAE-REPA, Table 3": 7,
+              "VAE-REPA, Table 4": 12, "REPA-E, Table 1": 3, "REPA-E, Tables 2 and 8": 10,
+              "REPA-E, Tables 3, 4 and 6": 16, "REPA-E, Table 5": 4, "REPA-E, Table 7": 4, "REPA-E, Table 9": 3, "REPA-E, Table 10": 4}
+    assert counts == {name.split(":")[0]: len(found) for name, found in rows.items() if ", Table" in name}
 
 
 def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread):
     """README's line for several, by two agents of torchrun on this one: they train, sample and measure what
     one process does, and say no more; torch would, on the detector's format."""
-    (line,) = (line for line in commands() if "--nnodes" in line)
+    (line,) = (line for line in commands("README.md") if "--nnodes" in line)
     flags, of_slurm = (re.findall(r"--[\w-]+", re.search(rf"{start} (.*?)train\.py", text, re.S)[1])
                        for start, text in (("torchrun", line), ("srun.*? torchrun", README)))
     assert flags == of_slurm and len(flags) == 5
@@ -174,17 +212,9 @@ def test_the_demo(repo):
     assert [grid.size for grid in grids] == [(8 * 64, 10 * 64)] * 4
 
 
-def apply(repo, blocks):
-    """Edit a copy of the repo by README's diffs, [(file, diff)]."""
-    for file, diff in blocks:
-        text = (repo / file).read_text()
-        for hunk in diff.split("\n\n"):
-            lines = [line for line in hunk.split("\n") if line]
-            before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
-            after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
-            assert text.count(before) == 1, before
-            text = text.replace(before, after)
-        (repo / file).write_text(text)
+def apply(repo, patch):
+    """As README says; the examples change the scripts as they are now."""
+    subprocess.run(["git", "apply", "--unsafe-paths", ROOT / "tests/data" / patch], cwd=repo, check=True)
 
 
 def edit(path, before, after):
@@ -204,16 +234,9 @@ for sys.argv in {commands}:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-def diffs():
-    """README's two examples: [(file, diff), (file, diff)] of a loss, and of the transformer."""
-    blocks = re.findall(r"```diff\n(\w+\.py)\n(.*?)```", README, re.S)
-    assert [file for file, _ in blocks] == ["models.py", "train.py"] * 2
-    return blocks[:2], blocks[2:]
-
-
 def test_a_loss_of_ones_own(latents, repo):
-    """README's edits, and a target that is stored: it trains, logs, resumes, samples with them."""
-    apply(repo, diffs()[0])
+    """README's example, and a target that is stored: it trains, logs, resumes, samples with them."""
+    apply(repo, "early_velocity.patch")
     edit(repo / "train.py", "    latents = Latents(", '    extras.append("clip")\n    latents = Latents(')
     edit(repo / "train.py", "    return losses\n\n\ndef loss_weights", """\
     losses["clip"] = batch["clip"].mean(dim=1) * v_pred.mean(dim=(1, 2, 3)).exp()
@@ -235,10 +258,10 @@ def test_a_loss_of_ones_own(latents, repo):
 
 @pytest.mark.parametrize("flags", [("--vae-repa-depth", 0), ("--vae-repa-depth", 2, "--qk-norm")])
 def test_a_transformer_of_ones_own(latents, repo, flags):
-    """README's edits, flags for parameters that SiT has already, and tables such as RoPE's: with heads and
+    """README's example, flags for parameters that SiT has already, and tables such as RoPE's: with heads and
     without, what is sampled and drawn is the network that was trained and resumed."""
     shutil.copytree(ROOT / "tests", repo / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.pt2"))
-    apply(repo, diffs()[1])
+    apply(repo, "qk_norm.patch")
     edit(repo / "models.py", "        self.blocks = nn.ModuleList(", """\
         self.register_buffer("table", torch.randn(1) * 0 + 0.5, persistent=False)
         self.number = torch.arange(3)
