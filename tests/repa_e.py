@@ -1,6 +1,6 @@
 """REPA-E's ablations (Tables 1 and 7): what tunes the VAE, and what that does to its latents.
 
-    torchrun --nproc_per_node=8 tests/repa_e.py --variant NAME    # train.py with its flags, but for --tune-vae
+    torchrun --nproc_per_node=8 tests/repa_e.py --variant NAME  # and train.py's flags, but for --tune-vae
 
 NAME is diffusion-loss (which tunes the VAE in the place of REPA's loss), no-stop-gradient (all of SiT's loss
 tunes it, too) or no-batch-norm (latents are normalised by the first VAE's statistics).
