@@ -1,6 +1,6 @@
 """A VAE of the LDM format as a folder of diffusers, for extract_latents.py --vae:
 
-    python tests/convert_vae.py vavae-imagenet256-f16d32-dinov2.pt --stats latents_stats.pt --out vaes/va-vae
+    python tests/convert_vae.py vavae-imagenet256-f16d32-dinov2.pt --stats latents_stats.pt --out data/vaes/va
 
 takes LightningDiT's VA-VAE; REPA-E's VAEs, before and after tuning; the VAE within a checkpoint of REPA-E's
 training; and what else CompVis' latent-diffusion and its heirs write. The architecture is read off the
@@ -148,6 +148,8 @@ def main():
     try:
         weights, statistics = read_checkpoint(args.checkpoint)
         vae = build(weights)
+        if bad := [name for name, x in weights.items() if not x.isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite")
     except Exception as error:  # of many kinds
         fail(f"{args.checkpoint} cannot be converted: {first_line(error)}")
     try:
@@ -163,7 +165,9 @@ def main():
     if not len(mean) == len(std) == channels or not all(np.isfinite(mean)) or not min(std) > 0:
         fail(f"the statistics must be {channels} means and {channels} standard deviations above 0, of each "
              f"channel; they are {len(mean)} and {len(std)} numbers")
-    save_vae(args.out, vae, mean, std)
+    partial = Path(f"{args.out}.partial")
+    save_vae(partial, vae, mean, std)
+    partial.rename(args.out)
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     millions = sum(p.numel() for p in vae.parameters()) / 1e6
     print(f"{args.out}: {millions:.1f} M weights, {channels} channels for {side} x {side} pixels")

@@ -3,7 +3,8 @@
     python tests/export_encoder.py clip-l --out clip-l.pt2
 
 It sees the images and gives the tokens that REPA and REPA-E take: of CLIP those before the last norm, of the
-others those after it, without the class token. Without a network, give --source a downloaded folder.
+others those after it, without the class token. DINOv2's equal those of train.py's own, which come with code
+by torch.hub. Without a network, give --source a downloaded folder.
 """
 
 import sys
@@ -88,8 +89,8 @@ def main():
     args = parse_args()
     name, source, *options = ENCODERS[args.encoder]
     source = args.source or source
-    if not args.out.endswith(".pt2"):
-        fail(f"--out {args.out} must end in .pt2")
+    if not args.out.endswith(".pt2") or Path(args.out).exists():
+        fail(f"--out {args.out} must end in .pt2, and not exist")
     try:
         encoder = Encoder(load_network(name, source, args.precision), args.image_size, *options)
     except ImportError:

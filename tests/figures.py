@@ -354,7 +354,7 @@ def draw_alignment(args):
     names, checkpoints = find_checkpoints(args)
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     metrics = {key: kept(measured_files(path, args)[1]) for key, path in checkpoints.items()}
-    references = {(known["reference"], known["feature_space"]) for known in metrics.values() if known}
+    references = {(known.get("reference"), known.get("feature_space")) for known in metrics.values() if known}
     if len(references) > 1:
         fail(f"`convergence` measured these with different references: {' and '.join(map(str, references))}")
     _, _, device = init_distributed()

@@ -40,6 +40,7 @@ from train_detector import SIZE, Detector  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402  (these are found only now)
 from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
+from models import load_program  # noqa: E402
 from sample import save_grid  # noqa: E402
 
 TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
@@ -86,6 +87,7 @@ def no_stop_gradient(tuned, model, batch, args):
     return z, losses
 
 
+# name: `vae_losses` in its place; no-batch-norm keeps them
 VARIANTS = {"diffusion-loss": diffusion_loss, "no-stop-gradient": no_stop_gradient,
             "no-batch-norm": vae_losses}
 
@@ -112,7 +114,7 @@ class Encoder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.detector = Detector()
-        self.detector.load_state_dict(torch.export.load(ROOT / "tests/data/detector.pt2").state_dict)
+        self.detector.load_state_dict(load_program(ROOT / "tests/data/detector.pt2", "cpu").state_dict())
 
     def forward(self, images):
         x = images.float() / 127.5 - 1
@@ -143,8 +145,10 @@ def parse_args():
     if any(word.split("=")[0] == "--variant" for word in sys.argv):
         train.make_parser = variant_parser
         args = train.parse_args()
-        if args.sra_depth:
-            fail("SRA cannot be on in a --variant: give --sra-depth 0")
+        if args.tune_vae not in VARIANTS:
+            fail("--variant and --tune-vae exclude each other")
+        if args.sra_depth or args.vae_from_scratch and args.tune_vae == "no-batch-norm":
+            fail("--sra-depth cannot be with --variant, nor --vae-from-scratch with no-batch-norm")
         return args
     parser = Parser(__doc__)
     parser.add_argument("--steps", type=positive_int, default=1400, help="to train")

@@ -165,7 +165,7 @@ def test_a_converted_vae_is_the_vae(capsys, images, tmp_path, make):
     weights = checkpoint.get("vae", checkpoint.get("state_dict", checkpoint))
     status, said, err = convert(capsys, tmp_path, checkpoint, *flags)
     assert (status, said) == (0, f"{tmp_path / 'vae'}: {said.split(': ')[1]}"), err
-    assert f"{LATENT} channels for 4 x 4 pixels" in said
+    assert f"{LATENT} channels for 4 x 4 pixels" in said and not list(tmp_path.glob("*.partial"))
     ldm, vae = Ldm({name.removeprefix("first_stage_model."): x for name, x in weights.items()}), load_vae(
         str(tmp_path / "vae"))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -206,6 +206,7 @@ def without(weights, name):
      "up_blocks.0.resnets.1.conv2.bias"),
     (lambda w: w | {"encoder.extra.weight": torch.zeros(1)}, ("--stats", "STATS"), "encoder.extra.weight"),
     (lambda w: without(w, "encoder.down.0.block.0.conv1.weight"), (), "encoder.down.0.block.0.conv1.weight"),
+    (lambda w: w | {"quant_conv.bias": torch.full((2 * LATENT,), torch.nan)}, (), "quant_conv.bias is not"),
     (lambda w: w, (), "no statistics of its latents; give --stats or --images"),
     (lambda w: w, ("--stats", "SHORT"), "6 means and 6 standard deviations above 0"),
     (lambda w: w, ("--stats", "ZERO"), "6 means and 6 standard deviations above 0"),
@@ -323,14 +324,17 @@ def test_exported_encoders(capsys, source, tmp_path, name, statistics, extra):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("clip-l", "--out", "a.pt"), ".pt2"), (("vit", "--out", "a.pt2"), "vit"),
+    (("clip-l", "--out", "a.pt"), ".pt2"), (("clip-l", "--out", "here.pt2"), "not exist"),
+    (("vit", "--out", "a.pt2"), "vit"),
     (("clip-l", "--out", "a.pt2", "--image-size", 512), "224 pixels, not 7/8 of 512"),
     (("dinov2-b", "--out", "a.pt2", "--image-size", 250), "7/8 of 250 pixels is not a multiple of 14")])
 def test_encoders_that_are_refused(capsys, source, monkeypatch, tmp_path, flags, says):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.pt2").write_text("somebody's")
     where, _ = source({"dinov2-b": "dinov2-l"}.get(flags[0], "clip-l"))
     status, _, err = cli(capsys, "export_encoder", *flags, "--source", where)
-    assert status == 2 and says in message(err) and not list(tmp_path.glob("*.pt2")), err
+    assert status == 2 and says in message(err), err
+    assert [path.read_text() for path in tmp_path.glob("*.pt2")] == ["somebody's"]
 
 
 def test_transformers_that_are_not_there(capsys, monkeypatch, tmp_path):

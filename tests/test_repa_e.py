@@ -35,6 +35,7 @@ from functorch.compile import make_boxed_func, nop
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from test_alignments import flags_of
+from test_readme import commands
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
 from torch._dynamo.backends.common import aot_autograd
@@ -649,6 +650,18 @@ def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path)
     assert "tune_vae is 'no-stop-gradient' there" in refused(capsys, tuning[0], tmp_path / "whole", *plain)
 
 
+@pytest.mark.parametrize("flags, says", [
+    (("--variant", "nothing"), "nothing"),
+    (("--variant", "diffusion-loss", "--tune-vae"), "exclude each other"),
+    (("--tune-vae", "--variant=no-batch-norm", "--vae-from-scratch"), "with no-batch-norm"),
+    (("--variant=no-batch-norm", "--repa-depth", 0), "needs REPA"),
+    (("--variant=no-stop-gradient", "--sra-depth", 2), "--sra-depth")])
+def test_variants_that_are_refused(capsys, unpatched, tuning, common, tmp_path, flags, says):
+    plain = [flag for flag in common if flag != "--tune-vae"]
+    said = refused(capsys, tuning[0], tmp_path / "run", *plain, *flags, script="repa_e")
+    assert says in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["diffusion-loss", "no-stop-gradient"])
 def test_without_stop_gradient_the_latents_collapse(tmp_path, variant):
@@ -670,6 +683,25 @@ def test_without_stop_gradient_the_latents_collapse(tmp_path, variant):
             z = load_vae(str(vae)).encode(images).latent_dist.mean
         within.append(figures.variance(z) / z.var(dim=(0, 2, 3)).mean().item())
     assert within[0] > 0.8 and within[1] < 0.1, within
+
+
+ROWS = sorted({line for line in commands("tests/PAPERS.md") if re.match("python .*(train|repa_e).py", line)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ROWS)
+def test_each_row_of_the_papers_trains(capsys, unpatched, tuning, tmp_path, line):
+    """Two steps of each command in the tables of PAPERS.md, with a small SiT on small latents."""
+    script, words = re.match(r"python (?:tests/)?(\w+)\.py (.*)", line).groups()
+    words = re.sub(r"--(data|repa-encoder|model) \S+", "", words).split()
+    small = ("--model", "SiT-S/4", "--repa-encoder", "dinov2_vitt14", "--sra-teacher-depth", 12)
+    lpips = tuning[1][1:4] if "--lpips-weight" not in words else ()
+    flags = (*small, *lpips, *words, "--max-steps", 2)
+    lines, _ = fit(capsys, tuning[0], tmp_path / "run", *flags, script=script)
+    assert len(lines) == 2 and len(ROWS) > 45
+    assert ("tune_sit" in lines[0]) == ("stop-gradient" in line or "diffusion" in line)
+    assert ("l1" in lines[0]) == ("tune" in line or "variant" in line)
+    assert ("vae_repa" in lines[0]) == ("--vae-repa-depth 0" not in line)
 
 
 @pytest.mark.slow

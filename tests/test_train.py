@@ -436,14 +436,14 @@ def test_settings_that_matter(capsys, monkeypatch, whole, data):
         assert change[0][2:].replace("-", "_") in said and str(change[-1]) in said and str(whole) in said
 
 
-def refused(capsys, data, run, *flags):
+def refused(capsys, data, run, *flags, script="train"):
     """The one sentence on bad input, which writes nothing."""
     before = contents(run)
     common = (*TINY, "--max-steps", 2, "--data", data, "--run-dir", run)
-    status, _, stderr = cli(capsys, "train", *common, *flags)
+    status, _, stderr = cli(capsys, script, *common, *flags)
     assert status == 2 and contents(run) == before, stderr
     said = message(stderr)
-    assert said.startswith("train.py: error: ")
+    assert said.startswith(f"{script}.py: error: ")
     return said
 
 
