@@ -11,6 +11,8 @@ weights. config.json gets the mean and standard deviation of the latents by chan
     neither          the norm that a checkpoint of REPA-E's training holds
 """
 
+import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -53,15 +55,14 @@ PARTS = r"(encoder|decoder|quant_conv|post_quant_conv)\."
 
 
 def read_checkpoint(path):
-    """(the VAE's weights by LDM's names; (mean, std) of its latents, or None) of a file."""
+    """Of a file: the VAE's weights by LDM's names, and the weights of a SiT that was trained along, or {}."""
     checkpoint = load_tensors(path)
     weights = checkpoint.get("vae", checkpoint.get("state_dict", checkpoint))
     weights = {name.removeprefix("first_stage_model."): x for name, x in weights.items()}
     weights = {name: x for name, x in weights.items() if re.match(PARTS, name)}  # the rest only trained it
     if "encoder.conv_in.weight" not in weights or "decoder.conv_in.weight" not in weights:
         raise ValueError("it has no encoder.conv_in and decoder.conv_in, so it is no VAE of the LDM format")
-    norm = checkpoint.get("ema", {})
-    return weights, bn_statistics(norm) if "bn.running_mean" in norm else None
+    return weights, checkpoint.get("ema") or {}
 
 
 def count(pattern, weights):
@@ -97,21 +98,23 @@ def build(weights):
             x = x.flatten(1)
         renamed[name] = x
     vae.load_state_dict(renamed)
-    return vae.float().eval()
+    if (ends := (vae.config.in_channels, vae.config.out_channels)) != (3, 3):
+        raise ValueError(f"it encodes images of {ends[0]} and decodes to {ends[1]} channels, not 3")
+    if bad := [name for name, x in vae.named_parameters() if not x.isfinite().all()]:
+        raise ValueError(f"{bad[0]} is not finite")
+    return vae.eval()
 
 
 def read_statistics(path):
-    """(mean, std) of latents, lists of a number per channel, by LightningDiT's or REPA-E's file."""
+    """(mean, std) of latents by LightningDiT's or REPA-E's file."""
     stats = load_tensors(path)
     if "latents_scale" in stats:
-        mean, std = stats["latents_bias"], 1 / stats["latents_scale"]
-    else:
-        mean, std = stats["mean"], stats["std"]
-    return mean.flatten().tolist(), std.flatten().tolist()
+        return stats["latents_bias"], 1 / stats["latents_scale"]
+    return stats["mean"], stats["std"]
 
 
 def measure_statistics(vae, args):
-    """(mean, std) of the latents of --count images, as of draws from their posteriors."""
+    """(mean, std) of the latents of --count images, as of draws from their posteriors: tensors (C,)."""
     _, files, _ = list_images(args.images)
     chosen = np.random.default_rng(0).permutation(len(files))[: args.count]
     _, _, device = init_distributed()
@@ -125,7 +128,7 @@ def measure_statistics(vae, args):
         parts.append(torch.stack([mean, mean.square() + std.square()]).mean(dim=(3, 4)).cpu())  # (2, b, C)
     mean, square = torch.cat(parts, dim=1).mean(dim=1)
     vae.cpu()
-    return mean.tolist(), (square - mean.square()).sqrt().tolist()
+    return mean, (square - mean.square()).sqrt()
 
 
 def parse_args():
@@ -143,30 +146,35 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if Path(args.out).exists():
+    if "RANK" in os.environ:
+        fail("start this with python, not torchrun")
+    if os.path.lexists(args.out):
         fail(f"--out {args.out} exists; remove it, or give another")
     try:
-        weights, statistics = read_checkpoint(args.checkpoint)
+        weights, sit = read_checkpoint(args.checkpoint)
         vae = build(weights)
-        if bad := [name for name, x in weights.items() if not x.isfinite().all()]:
-            raise ValueError(f"{bad[0]} is not finite")
+    except KeyError as error:
+        fail(f"{args.checkpoint} cannot be converted: it has no {error.args[0]}")
+    except pickle.UnpicklingError:
+        fail(f"{args.checkpoint} cannot be converted: it holds more than tensors, or is no .pt file")
     except Exception as error:  # of many kinds
         fail(f"{args.checkpoint} cannot be converted: {first_line(error)}")
-    try:
-        statistics = read_statistics(args.stats) if args.stats else statistics
-    except Exception as error:
-        fail(f"--stats {args.stats} has no statistics of latents: {first_line(error)}")
-    if args.images:
-        statistics = measure_statistics(vae, args)
-    if not statistics:
+    source = args.stats or args.images or args.checkpoint
+    if not (args.stats or args.images or "bn.running_mean" in sit):
         fail(f"{args.checkpoint} holds no statistics of its latents; give --stats or --images")
-    mean, std = statistics
-    channels = vae.config.latent_channels
-    if not len(mean) == len(std) == channels or not all(np.isfinite(mean)) or not min(std) > 0:
-        fail(f"the statistics must be {channels} means and {channels} standard deviations above 0, of each "
-             f"channel; they are {len(mean)} and {len(std)} numbers")
+    try:
+        if args.stats:
+            statistics = read_statistics(source)
+        else:
+            statistics = measure_statistics(vae, args) if args.images else bn_statistics(sit)
+        mean, std = (torch.as_tensor(values).double().flatten() for values in statistics)
+        channels = vae.config.latent_channels
+        if not len(mean) == len(std) == channels or not (mean + std).isfinite().all() or not std.min() > 0:
+            raise ValueError(f"not {channels} finite means and standard deviations above 0, one a channel")
+    except Exception as error:
+        fail(f"{source} gives no statistics of its latents: {first_line(error)}")
     partial = Path(f"{args.out}.partial")
-    save_vae(partial, vae, mean, std)
+    save_vae(partial, vae, mean.tolist(), std.tolist())
     partial.rename(args.out)
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     millions = sum(p.numel() for p in vae.parameters()) / 1e6

@@ -7,6 +7,7 @@ others those after it, without the class token. DINOv2's equal those of train.py
 by torch.hub. Without a network, give --source a downloaded folder.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -68,9 +69,14 @@ def load_network(name, source, precision):
     import transformers  # optional
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     network, loaded = getattr(transformers, name).from_pretrained(source, output_loading_info=True)
     if missing := loaded["missing_keys"]:
         raise ValueError(f"it has no {min(missing)}")
+    if (found := network.config.model_type) != (wanted := network.config_class.model_type):
+        raise ValueError(f"it is of the type {found}, not {wanted}")
+    if bad := [name for name, x in network.named_parameters() if not x.isfinite().all()]:
+        raise ValueError(f"{bad[0]} is not finite")
     return network.to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
 
 
@@ -87,19 +93,21 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if "RANK" in os.environ:
+        fail("start this with python, not torchrun")
     name, source, *options = ENCODERS[args.encoder]
     source = args.source or source
-    if not args.out.endswith(".pt2") or Path(args.out).exists():
+    if not args.out.endswith(".pt2") or os.path.lexists(args.out):
         fail(f"--out {args.out} must end in .pt2, and not exist")
     try:
         encoder = Encoder(load_network(name, source, args.precision), args.image_size, *options)
+        with torch.no_grad():
+            _, count, dim = encoder(torch.zeros(1, 3, args.image_size, args.image_size)).shape
     except ImportError:
         fail("this needs transformers: `pip install transformers`, then run the same command again")
     except Exception as error:  # hub, network, files and shapes have no common class
         fail(f"cannot load {args.encoder} from {source}: {first_line(error)}")
     export(encoder, args.out, args.image_size)
-    with torch.no_grad():
-        _, count, dim = encoder(torch.zeros(1, 3, args.image_size, args.image_size)).shape
     print(f"{args.out}: {count} tokens of {dim} numbers for {args.image_size} pixels")
 
 

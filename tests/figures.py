@@ -353,10 +353,14 @@ def draw_alignment(args):
     latents = Latents(args.data, extras=["images"])
     names, checkpoints = find_checkpoints(args)
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
-    metrics = {key: kept(measured_files(path, args)[1]) for key, path in checkpoints.items()}
-    references = {(known.get("reference"), known.get("feature_space")) for known in metrics.values() if known}
+    metrics = {}  # those that `convergence` has measured
+    for key, path in checkpoints.items():
+        samples, record = measured_files(path, args)
+        if made_from(samples, path) and isinstance(kept(record).get("FID"), float):
+            metrics[key] = kept(record)
+    references = {f"{known.get('reference')} in {known.get('feature_space')}" for known in metrics.values()}
     if len(references) > 1:
-        fail(f"`convergence` measured these with different references: {' and '.join(map(str, references))}")
+        fail(f"`convergence` measured these against different references: {' and '.join(references)}")
     _, _, device = init_distributed()
     encoder = load_target(args, latents, device)
     where = device if device.type == "cuda" else "cpu"  # MPS has no float64
@@ -377,7 +381,7 @@ def draw_alignment(args):
         agreement, layer = max((cknna(neighbours(h.to(where), args.k), target), layer)
                                for layer, h in zip(layers, outputs))
         found.append({"run": name, "step": step, "layer": layer, "CKNNA": agreement,
-                      "FID": metrics[name, step].get("FID")})
+                      "FID": metrics.get((name, step), {}).get("FID")})
     write_json(Path(args.out, "alignment.json"), found)
     print_table(["", "step", "block", "CKNNA", "FID"], [
         [row["run"], row["step"], row["layer"], f"{row['CKNNA']:.3f}",

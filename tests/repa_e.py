@@ -145,7 +145,7 @@ def parse_args():
     if any(word.split("=")[0] == "--variant" for word in sys.argv):
         train.make_parser = variant_parser
         args = train.parse_args()
-        if args.tune_vae not in VARIANTS:
+        if args.tune_vae not in VARIANTS or "--tune-vae" in sys.argv:
             fail("--variant and --tune-vae exclude each other")
         if args.sra_depth or args.vae_from_scratch and args.tune_vae == "no-batch-norm":
             fail("--sra-depth cannot be with --variant, nor --vae-from-scratch with no-batch-norm")

@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -208,16 +209,25 @@ def without(weights, name):
     (lambda w: without(w, "encoder.down.0.block.0.conv1.weight"), (), "encoder.down.0.block.0.conv1.weight"),
     (lambda w: w | {"quant_conv.bias": torch.full((2 * LATENT,), torch.nan)}, (), "quant_conv.bias is not"),
     (lambda w: w, (), "no statistics of its latents; give --stats or --images"),
-    (lambda w: w, ("--stats", "SHORT"), "6 means and 6 standard deviations above 0"),
-    (lambda w: w, ("--stats", "ZERO"), "6 means and 6 standard deviations above 0"),
-    (lambda w: w, ("--stats", "vae.pt"), "no statistics of latents"),
+    (lambda w: w, ("--stats", "SHORT"), "SHORT gives no statistics of its latents: not 6 finite means"),
+    (lambda w: w, ("--stats", "ZERO"), "standard deviations above 0"),
+    (lambda w: w, ("--stats", "NAN"), "standard deviations above 0"),
+    (lambda w: w, ("--stats", "vae.pt"), "no statistics of its latents"),
+    (lambda w: w, ("--images", "IMAGES", "--image-size", 2), "IMAGES gives no statistics of its latents"),
+    (lambda w: {"vae": w, "ema": None}, (), "no statistics of its latents; give"),
+    (lambda w: {"vae": w, "ema": {"bn.running_mean": MEAN, "bn.running_var": MEAN}}, (), "above 0"),
+    (lambda w: w | {f"decoder.conv_out.{name}": torch.zeros(4, *shape) for name, shape in
+                    (("weight", (32, 3, 3)), ("bias", ()))}, (), "decodes to 4 channels, not 3"),
+    (lambda w: {"vae": SimpleNamespace()}, (), "holds more than tensors"),
     (lambda w: w, ("--stats", "nowhere.pt"), "nowhere.pt"),
     (lambda w: w, ("--images", "nowhere"), "nowhere")])
-def test_vaes_that_cannot_be_converted(capsys, monkeypatch, tmp_path, change, flags, says):
+def test_vaes_that_cannot_be_converted(capsys, images, monkeypatch, tmp_path, change, flags, says):
     monkeypatch.chdir(tmp_path)
     torch.save({"mean": MEAN, "std": STD}, "STATS")
     torch.save({"mean": MEAN[:4], "std": STD[:4]}, "SHORT")
     torch.save({"mean": MEAN, "std": 0 * STD}, "ZERO")
+    torch.save({"mean": MEAN, "std": torch.where(STD > 2, torch.nan, STD)}, "NAN")
+    (tmp_path / "IMAGES").symlink_to(images)
     status, _, err = convert(capsys, tmp_path, change(ldm_weights()), *flags)
     assert status == 2 and says in message(err) and not (tmp_path / "vae").exists(), err
 
@@ -240,6 +250,7 @@ class Network(torch.nn.Module):
         torch.manual_seed(0)
         self.kind, self.dtype = kind, torch.float32
         self.config = SimpleNamespace(model_type=kind, patch_size=14, image_size=224)
+        self.config_class = self.config
         self.conv = torch.nn.Conv2d(3, 8, 14, 14)
         self.embeddings = torch.nn.Module()
         self.embeddings.position_embeddings = torch.nn.Parameter(torch.randn(1, 1 + 37**2, 8))
@@ -278,7 +289,7 @@ def source(request, monkeypatch, tmp_path):
         pytest.importorskip("transformers")
         return lambda name: (tmp_path / name, save(small_networks()[name].eval(), tmp_path / name))
     kinds = {"CLIPVisionModel": "clip_vision_model", "IJepaModel": "ijepa", "Dinov2Model": "dinov2"}
-    module = SimpleNamespace(utils=SimpleNamespace(logging=SimpleNamespace(set_verbosity_error=lambda: None)))
+    module = MagicMock()
     for name, kind in kinds.items():
         def load(folder, output_loading_info, kind=kind):
             assert folder == "somewhere" and output_loading_info

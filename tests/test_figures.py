@@ -19,7 +19,15 @@ from conftest import DETECTOR, TINY, cli, message, write_set
 from PIL import Image
 
 import fid
-from extract_latents import decode, encode, latent_normalization, list_images, load_image, load_vae
+from extract_latents import (
+    content_id,
+    decode,
+    encode,
+    latent_normalization,
+    list_images,
+    load_image,
+    load_vae,
+)
 from models import SiT_models, load_encoder
 from sample import load_model, rng
 
@@ -414,6 +422,8 @@ def test_alignment(runs, stored, vae, capsys, tmp_path, panel):
         record = folder / "figures/6_ode-2" / f"{row['step']:07d}.json"
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({**made, "FID": 9 - 2 * row["CKNNA"]}))
+        content = content_id(folder / "checkpoints" / f"{row['step']:07d}.pt")
+        record.with_suffix(".npz.json").write_text(json.dumps({"ckpt_content": content}))
     panel.plot.reset_mock()
     table = draw(capsys, *words, "--layer", 3)
     assert [cells[2] for cells in table] == ["3"] * 4 and [len(cells) for cells in table] == [5, 5, 5, 4]
@@ -421,8 +431,13 @@ def test_alignment(runs, stored, vae, capsys, tmp_path, panel):
     assert len(dots[0]) == 2 and tuned[1] == (9 - 2 * found[2]["CKNNA"],)
     draw(capsys, *words)
     assert panel.set_title.call_args.args == ("r² = 1.00",)  # of the line from which they were made
-    record.write_text(json.dumps({**made, "reference": "b.npz", "FID": 3}))
+    for damaged in ({"FID": "x"}, {"FID": None}, {}):
+        record.write_text(json.dumps(damaged))
+        assert [len(cells) for cells in draw(capsys, *words, "--layer", 1)] == [5, 5, 4, 4]
+    record.write_text(json.dumps({**made, "reference": "b.npz", "FID": 3.5}))
     refused(capsys, "different references", *words)
+    record.with_suffix(".npz.json").write_text(json.dumps({"ckpt_content": "of one before"}))
+    assert [len(cells) for cells in draw(capsys, *words, "--layer", 1)] == [5, 5, 4, 4]
 
 
 def test_a_model_without_null_class(latents, vae, capsys, tmp_path, panel):

@@ -70,6 +70,11 @@ def common(tuning):
     return [*tuning[1], *flags_of(["repa"]), "--lr", 1e-3, "--batch-size", 4]
 
 
+def untuned(flags):
+    """Without --tune-vae, in the place of which --variant is."""
+    return [flag for flag in flags if flag != "--tune-vae"]
+
+
 @pytest.fixture
 def unpatched(monkeypatch):
     """Undoes what a --variant does to this process."""
@@ -393,7 +398,7 @@ def assert_close_weights(found, expected):
     ("--variant", "no-batch-norm")], ids=lambda flags: "_".join(map(str, flags)))
 def test_training_equals_a_plain_loop(capsys, unpatched, tuning, common, vae, tmp_path, flags):
     script = "repa_e" if "--variant" in flags else "train"
-    flags = [*common, *map(str, flags)]
+    flags = [*(common if script == "train" else untuned(common)), *map(str, flags)]
     lines, state = fit(capsys, tuning[0], tmp_path / "run", *flags, "--max-steps", 3, script=script)
     gan = models.Discriminator()
     gan.load_state_dict(load(tuning[1][5]))
@@ -632,7 +637,7 @@ def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path)
     """Gradients pass the norm's statistics over both; its run is named, and kept apart from others."""
     plain = (*common, "--gan-weight", 0, "--lpips-weight", 0, "--batch-size", 8, "--lr", 1e-5,
              "--max-steps", 2)
-    flags = (*plain, "--variant", "no-stop-gradient")
+    flags = (*untuned(plain), "--variant", "no-stop-gradient")
     whole, state = fit(capsys, tuning[0], tmp_path / "whole", *flags, script="repa_e")
     process("tests/repa_e", *TINY, *flags, "--data", tuning[0], "--run-dir", tmp_path / "pair", processes=2)
     other = load(tmp_path / "pair/state.pt")
@@ -653,13 +658,12 @@ def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path)
 @pytest.mark.parametrize("flags, says", [
     (("--variant", "nothing"), "nothing"),
     (("--variant", "diffusion-loss", "--tune-vae"), "exclude each other"),
-    (("--tune-vae", "--variant=no-batch-norm", "--vae-from-scratch"), "with no-batch-norm"),
+    (("--tune-vae", "--variant=diffusion-loss"), "exclude each other"),
+    (("--variant=no-batch-norm", "--vae-from-scratch"), "with no-batch-norm"),
     (("--variant=no-batch-norm", "--repa-depth", 0), "needs REPA"),
     (("--variant=no-stop-gradient", "--sra-depth", 2), "--sra-depth")])
 def test_variants_that_are_refused(capsys, unpatched, tuning, common, tmp_path, flags, says):
-    plain = [flag for flag in common if flag != "--tune-vae"]
-    said = refused(capsys, tuning[0], tmp_path / "run", *plain, *flags, script="repa_e")
-    assert says in said
+    assert says in refused(capsys, tuning[0], tmp_path / "run", *untuned(common), *flags, script="repa_e")
 
 
 @pytest.mark.slow
