@@ -124,8 +124,8 @@ def measure_statistics(vae, args):
         if errors:
             fail(f"not an image that can be read: {errors[0]}")
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-        mean, std = encode(vae, pixels).double().chunk(2, dim=1)
-        parts.append(torch.stack([mean, mean.square() + std.square()]).mean(dim=(3, 4)).cpu())  # (2, b, C)
+        mean, std = encode(vae, pixels).cpu().double().chunk(2, dim=1)
+        parts.append(torch.stack([mean, mean.square() + std.square()]).mean(dim=(3, 4)))  # (2, b, C)
     mean, square = torch.cat(parts, dim=1).mean(dim=1)
     vae.cpu()
     return mean, (square - mean.square()).sqrt()
