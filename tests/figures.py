@@ -386,12 +386,14 @@ def draw_alignment(args):
     print_table(["", "step", "block", "CKNNA", "FID"], [
         [row["run"], row["step"], row["layer"], f"{row['CKNNA']:.3f}",
          "" if row["FID"] is None else f"{row['FID']:.2f}"] for row in found])
-    plot_alignment(figure, names, found, args)
+    space = next(iter(references), "").split(" in ")[-1].split(" ")[0]  # without a detector's content
+    plot_alignment(figure, names, found, space, args)
     save_figure(figure, Path(args.out, "alignment.png"))
 
 
-def plot_alignment(figure, names, found, args):
-    """CKNNA against the steps and, where FID is known, FID against CKNNA, with the r^2 of a straight line."""
+def plot_alignment(figure, names, found, space, args):
+    """CKNNA against the steps and, where FID (in a feature space) is known, that against CKNNA, with the r^2
+    of a straight line."""
     known = [row for row in found if row["FID"] is not None]
     left, *right = figure.subplots(1, 1 + bool(known), squeeze=False)[0]
     left.set(xlabel="training steps", ylabel=f"CKNNA with {Path(args.target).stem}, t = {args.t}")
@@ -403,7 +405,7 @@ def plot_alignment(figure, names, found, args):
         for name in names:
             points = [(row["CKNNA"], row["FID"]) for row in known if row["run"] == name]
             panel.plot(*zip(*points or [((), ())]), "o")
-        panel.set(xlabel="CKNNA", ylabel="FID")
+        panel.set(xlabel="CKNNA", ylabel=f"FID ({space})")
         if len(known) > 2:
             r = np.corrcoef([row["CKNNA"] for row in known], [row["FID"] for row in known])[0, 1]
             panel.set_title(f"r² = {r**2:.2f}")

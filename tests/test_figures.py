@@ -431,6 +431,7 @@ def test_alignment(runs, stored, vae, capsys, tmp_path, panel):
     assert len(dots[0]) == 2 and tuned[1] == (9 - 2 * found[2]["CKNNA"],)
     draw(capsys, *words)
     assert panel.set_title.call_args.args == ("r² = 1.00",)  # of the line from which they were made
+    assert panel.set.call_args.kwargs["ylabel"] == "FID (Inception)"
     for damaged in ({"FID": "x"}, {"FID": None}, {}):
         record.write_text(json.dumps(damaged))
         assert [len(cells) for cells in draw(capsys, *words, "--layer", 1)] == [5, 5, 4, 4]
