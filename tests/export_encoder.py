@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import models  # noqa: E402  (found only now)
 from extract_latents import Parser, atomic_write, fail, first_line, positive_int, run  # noqa: E402
-from models import resample_positions  # noqa: E402  (found only now)
 
 CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # mean and std of its images
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -28,29 +27,29 @@ ENCODERS = {"clip-l": ("CLIPVisionModel", "openai/clip-vit-large-patch14", CLIP,
             "dinov2-l": ("Dinov2Model", "facebook/dinov2-large", IMAGENET, 1)}
 
 
-class Encoder(torch.nn.Module):
+class Encoder(models.Encoder):
     """uint8 images (B, 3, S, S) -> patch tokens (B, N, dim) of a network of transformers.
 
     It sees 7/8 of S pixels, as in REPA: 224 for 256. Raises ValueError if they do not fit it.
     """
 
     def __init__(self, network, image_size, statistics, extra_tokens):
-        super().__init__()
-        self.network, self.extra_tokens, self.side = network, extra_tokens, image_size * 7 // 8
+        torch.nn.Module.__init__(self)  # of the parent, only how images are prepared is wanted
+        self.network, self.extra_tokens, self.input_size = network, extra_tokens, image_size * 7 // 8
         patch = network.config.patch_size
-        if image_size * 7 % 8 or self.side % patch:
+        if image_size * 7 % 8 or self.input_size % patch:
             raise ValueError(f"7/8 of {image_size} pixels is not a multiple of {patch}, its patches' side")
         if network.config.model_type == "dinov2":
             table = network.embeddings.position_embeddings
-            table.data = resample_positions(table.detach(), self.side // patch)
-        elif network.config.image_size != self.side:
+            table.data = models.resample_positions(table.detach(), self.input_size // patch)
+        elif network.config.image_size != self.input_size:
             raise ValueError(f"it sees {network.config.image_size} pixels, not 7/8 of {image_size}")
         for name, values in zip(("mean", "std"), statistics):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
 
     def forward(self, images):
-        x = F.interpolate((images / 255 - self.mean) / self.std, size=(self.side, self.side), mode="bicubic")
-        tokens = self.network(x.to(self.network.dtype)).last_hidden_state
+        x = self.preprocess(images).to(self.network.dtype)
+        tokens = self.network(x).last_hidden_state
         return tokens[:, self.extra_tokens :]
 
 

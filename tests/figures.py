@@ -312,15 +312,7 @@ def draw_cknna(args):
     models, times = load_models(args, latents), sorted(set(args.t))
     rows = choose_rows(latents, args, at_least=max(args.k + 1, 4))
     _, _, device = init_distributed()
-    encoder = load_target(args, latents, device)
-    parts = []
-    for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
-        stored = latents.read(part)
-        features = target_features(args.target, encoder, device, stored)
-        parts.append((stored["mean"], stored["labels"], features))
-    x, labels, target = map(torch.cat, zip(*parts))
-    where = device if device.type == "cuda" else "cpu"  # MPS has no float64
-    target = neighbours(target.to(where), args.k)
+    x, labels, target = read_and_compare(args, latents, rows, device)
 
     found = {name: {} for name in models}  # {name: {t: CKNNA of each block}}
     for name, model in models.items():
@@ -328,7 +320,7 @@ def draw_cknna(args):
         model.to(device)
         for t in times:
             outputs = block_outputs(model, x, rows, labels, t, layers, pool=True)
-            found[name][t] = [cknna(neighbours(h.to(where), args.k), target) for h in outputs]
+            found[name][t] = [agreement(h, target, args.k) for h in outputs]
         model.cpu()
     write_json(Path(args.out, "cknna.json"), found)
     print_table(["", "block", *(f"t = {t}" for t in times)], [
@@ -356,19 +348,15 @@ def draw_alignment(args):
     metrics = {}  # those that `convergence` has measured
     for key, path in checkpoints.items():
         samples, record = measured_files(path, args)
-        if made_from(samples, path) and isinstance(kept(record).get("FID"), float):
-            metrics[key] = kept(record)
+        known = kept(record)
+        if isinstance(known.get("FID"), float) and made_from(samples, path):
+            metrics[key] = known
     references = {f"{known.get('reference')} in {known.get('feature_space')}" for known in metrics.values()}
     if len(references) > 1:
         fail(f"`convergence` measured these against different references: {' and '.join(references)}")
     _, _, device = init_distributed()
-    encoder = load_target(args, latents, device)
-    where = device if device.type == "cuda" else "cpu"  # MPS has no float64
-    target = torch.cat([target_features(args.target, encoder, device, latents.read(part)) for part in
-                        tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target)])
-    target = neighbours(target.to(where), args.k)
-
-    labels, found, x, encoded_by = torch.from_numpy(latents.labels[rows]), [], None, None
+    _, labels, target = read_and_compare(args, latents, rows, device)
+    found, x, encoded_by = [], None, None
     for (name, step), path in checkpoints.items():
         model, trained = load_model(path)
         if args.layer and args.layer > len(model.blocks):
@@ -378,9 +366,8 @@ def draw_alignment(args):
             x, encoded_by = encoded(latents, rows, facts, device), facts
         layers = [args.layer] if args.layer else range(1, len(model.blocks) + 1)
         outputs = block_outputs(model.to(device), x, rows, labels, args.t, layers, pool=True)
-        agreement, layer = max((cknna(neighbours(h.to(where), args.k), target), layer)
-                               for layer, h in zip(layers, outputs))
-        found.append({"run": name, "step": step, "layer": layer, "CKNNA": agreement,
+        best, layer = max((agreement(h, target, args.k), layer) for layer, h in zip(layers, outputs))
+        found.append({"run": name, "step": step, "layer": layer, "CKNNA": best,
                       "FID": metrics.get((name, step), {}).get("FID")})
     write_json(Path(args.out, "alignment.json"), found)
     print_table(["", "step", "block", "CKNNA", "FID"], [
@@ -483,6 +470,23 @@ def block_outputs(model, x, rows, labels, t, layers, pool=False):
             if layer in layers:
                 outputs[layer].append((h.mean(1) if pool else h).cpu())
     return [torch.cat(outputs[layer]) for layer in layers]
+
+
+def read_and_compare(args, latents, rows, device):
+    """Of rows: their latents' means x (n, C, H, W), labels (n,), and `neighbours` by --target."""
+    encoder, parts = load_target(args, latents, device), []
+    for part in tqdm(np.split(rows, range(BATCH, len(rows), BATCH)), args.target):
+        stored = latents.read(part)
+        features = target_features(args.target, encoder, device, stored)
+        parts.append((stored["mean"], stored["labels"], features))
+    x, labels, features = map(torch.cat, zip(*parts))
+    where = device if device.type == "cuda" else "cpu"  # MPS has no float64
+    return x, labels, neighbours(features.to(where), args.k)
+
+
+def agreement(features, target, k):
+    """CKNNA of features (n, D) with the `neighbours` of a target, where these are."""
+    return cknna(neighbours(features.to(target[0].device), k), target)
 
 
 def load_target(args, latents, device):

@@ -120,7 +120,7 @@ def test_links_and_files(doc):
                 pictures += 1
                 Image.open(file).load()
                 assert os.path.getsize(file) <= 300_000
-    named = re.findall(r"(?<![\w./])[\w./]+\.(?:py|patch)\b", text)
+    named = re.findall(r"(?<![\w./])[\w./]+\.(?:py|patch)\b", DOCS[doc])
     assert not [file for file in named if not any((ROOT / at / file).exists() for at in ("", "tests"))]
     assert pictures >= 2 and named and (len(links) >= 6 or doc != "README.md")
 
