@@ -134,7 +134,8 @@ def load_vae(name, content=None):
         try:
             folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
         except (errors.HFValidationError, errors.LocalEntryNotFoundError):
-            raise ValueError("there is no such folder, and the hub was not reached") from None
+            raise ValueError("there is no such folder, and the hub was not reached (moved? latents.json "
+                             "has its path, sample.py --vae)") from None
     elif content and content_id(name) != content:
         raise ValueError("its weights are not those that made the latents")
     config = diffusers.AutoencoderKL.load_config(folder)
@@ -279,13 +280,15 @@ class ResumableArrays:
 
 
 class Latents:
-    """Reads what this script made; latents.json needs at least {"vae": name, "shift": float or list,
-    "scale": float or list, "num_classes": int}.
+    """Reads what this script made, or a user; KEYS are what latents.json needs at least.
 
     extras: names of further arrays NAME.npy, with a row for each image, such as "images", for `read` to add.
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
-    [C, H, W], count and, with "images", image_size.
+    [C, H, W], count, class_names if there are, and, with "images", image_size.
     """
+
+    KEYS = {"vae": "a diffusers autoencoder, to decode samples", "shift": "of x = (z - shift) * scale",
+            "scale": "of x = (z - shift) * scale", "num_classes": "labels are from 0 to num_classes - 1"}
 
     def __init__(self, folder, extras=()):
         folder = Path(folder)
@@ -293,33 +296,50 @@ class Latents:
             state = "unfinished" if Path(f"{folder}.partial").exists() else "no"
             fail(f"{state} latents at --data {folder}; run `python extract_latents.py --images FOLDER --out "
                  f"{folder}`, or `python tests/demo.py`, the whole pipeline on drawn images")
+        cure = "README, Add your own, says what they must be"
         try:
             about = json.loads(regular(folder / "latents.json").read_text())
-            self.labels = np.load(regular(folder / "labels.npy")).astype(np.int64, casting="safe")
+            if "files_sha256" in about:  # of this script
+                cure = "if damaged, remove them and extract them again"
+            if missing := [key for key in self.KEYS if key not in about]:
+                raise ValueError(f"latents.json has no {missing[0]}: {self.KEYS[missing[0]]}")
             self.arrays = {name: np.load(regular(folder / f"{name}.npy"), mmap_mode="r")
-                           for name in ("moments", *extras)}
+                           for name in ("labels", "moments", *extras)}
             (count, channels, side, _), n = self.arrays["moments"].shape, about["num_classes"]
-            keys = ("vae", "vae_content", "shift", "scale", "num_classes", "files_sha256")
-            self.facts = {**{key: about.get(key) for key in keys}, "count": count,
+            content = about.get("vae_content", content_id(str(about["vae"])))
+            self.facts = {**{key: about[key] for key in self.KEYS}, "vae_content": content,
+                          "files_sha256": about.get("files_sha256"), "count": count,
                           "latent_shape": [channels // 2, side, side]}
-            forms = {"moments": ((np.float16, np.float32), (count, channels // 2 * 2, side, side)),
-                     "labels": ((np.int64,), (count,))}
+            integers = [np.dtype(code).name for code in "bhilBHI"]
+            forms = {"moments": (["float16", "float32"], (count, channels // 2 * 2, side, side)),
+                     "labels": (integers, (count,))}
             if "images" in extras:
                 self.facts["image_size"] = size = self.arrays["images"].shape[1]
-                forms["images"] = ((np.uint8,), (count, size, size, 3))
-            for name, array in {**self.arrays, "labels": self.labels}.items():
-                dtypes, shape = forms.get(name, ((array.dtype,), (count, *array.shape[1:])))
-                if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {shape} in C order")
+                forms["images"] = (["uint8"], (count, size, size, 3))
+            for name, array in self.arrays.items():
+                dtypes, shape = forms.get(name, ([array.dtype.name], (count, *array.shape[1:])))
+                if array.dtype.name not in dtypes or array.shape != shape or not array.flags.c_contiguous:
+                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {' or '.join(dtypes)} "
+                                     f"{shape} in C order")
                 torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
+            self.labels = self.arrays.pop("labels").astype(np.int64)
             if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
                 raise ValueError("labels must be from 0 to num_classes - 1")
             if not isinstance(about["vae"], str):
                 raise ValueError("vae must be a name or a folder")
+            if "class_names" in about:
+                self.facts["class_names"] = names = about["class_names"]
+                if len(names) != n or not all(isinstance(name, str) for name in names):
+                    raise ValueError("class_names must be num_classes names")
+            if (self.arrays["moments"][:1000, channels // 2 :] < 0).any():
+                raise ValueError("moments.npy has standard deviations below 0: are they log-variances?")
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
+        except FileNotFoundError as error:
+            repa = ", which REPA needs: extract again, with --store-images"
+            fail(f"there is no {error.filename}{repa if 'images.npy' in str(error) else ''}")
         except Exception as error:  # files can be wrong in many ways
             fail(f"the latents at {folder} cannot be used ({type(error).__name__}: {first_line(error)}); "
-                 "remove them and extract them again, for REPA with --store-images")
+                 f"{cure}")
 
     def rows(self, step, batch_size, seed):
         """Rows (batch_size,) of a training step's batch, cut from an endless series of shuffled epochs."""
@@ -405,7 +425,7 @@ def main():
 
     batches = arrays.batches(args.batch_size)
     loaded = read_ahead(lambda rows: load_batch([files[i] for i in rows], size), batches, args.num_workers)
-    progress = tqdm(batches, f"encoding, {world_size} process(es)", unit="batch", disable=rank > 0)
+    progress = Progress(batches, f"encoding, {world_size} process(es)", unit="batch")
     bad = []
     for rows, (images, errors) in zip(progress, loaded):
         bad += errors
@@ -430,7 +450,7 @@ def main():
     os.replace(arrays.folder, out)
     sync(out.parent)
     remove_marks(out)
-    print(f"{out}: {count} images of {len(classes)} classes, latents {list(moments.shape[1:])}")
+    print(f"{out}: {count} images of {len(classes)} classes, moments {list(moments.shape[1:])}")
 
 
 # ---- Shared by the scripts
@@ -448,7 +468,9 @@ def fail(message, status=2):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     message = str(message).replace("\n", "\\n")  # of a file's name
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar
+    for bar in list(tqdm._instances):  # else they would come after the error
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -534,6 +556,13 @@ def fraction(text):
     return float(text)
 
 
+def named_by_flags(name, args, parser, skip):
+    """A file's name: the given one, then each flag that is not at its default; of a path the last part."""
+    words = [f"{key}-{Path(str(value)).name}" for key, value in vars(args).items()
+             if key not in skip and value != parser.get_default(key)]
+    return "_".join([name, *(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)])[:150]
+
+
 def read_ahead(read, items, threads=1):
     """read(item) for each item, in order, by threads that work while the caller does."""
     with ThreadPoolExecutor(threads) as pool:
@@ -544,6 +573,21 @@ def read_ahead(read, items, threads=1):
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+
+
+class Progress(tqdm):
+    """tqdm's bar, of the first process; where stderr is no terminal, as in a job's log, a line a minute."""
+
+    def __init__(self, items, what, **options):
+        if not sys.stderr.isatty():
+            options |= {"mininterval": 60, "miniters": 1}
+        super().__init__(items, what, disable=os.environ.get("RANK", "0") != "0", **options)
+
+    @staticmethod
+    def status_printer(file):
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: line and print(line, file=file, flush=True)
 
 
 def init_distributed(backend=None, timeout=timedelta(minutes=15)):

@@ -1,7 +1,7 @@
-"""Draw images from a checkpoint of train.py, or from one that REPA, SRA or REPA-E published.
+"""Draw images from a checkpoint of train.py, or from one that SiT, REPA, SRA or REPA-E published.
 
-    python sample.py --ckpt FILE --classes 207 360 388 --cfg-scale 4              # a grid to look at
-    torchrun --nproc_per_node=8 sample.py --ckpt FILE --num-samples 50000         # an .npz for fid.py
+    python sample.py --ckpt RUN --classes 207 360 388 --cfg-scale 4              # a grid to look at
+    torchrun --nproc_per_node=8 sample.py --ckpt RUN --num-samples 50000         # an .npz for fid.py
 
 t = 1 is noise, t = 0 is data, and sampling runs from 1 to 0. Image i depends on (--seed, i) alone, not on the
 batch size or the number of processes (to rounding). If interrupted, run the same command again.
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from extract_latents import (
     Parser,
+    Progress,
     ResumableArrays,
     agree,
     already_complete,
@@ -34,6 +33,7 @@ from extract_latents import (
     init_distributed,
     load_tensors,
     load_vae,
+    named_by_flags,
     nonnegative_int,
     positive_int,
     remove_marks,
@@ -167,23 +167,39 @@ def load_decoder(facts, device):
         fail(f"the VAE {facts['vae']} cannot decode latents of {facts['latent_shape']}: {first_line(error)}")
 
 
-class NoInitialWeights(TorchFunctionMode):
-    """Within it, no random numbers are drawn into parameters, which takes long; they are then replaced."""
+def newest(path):
+    """A checkpoint as it is given; of a run's folder, the newest numbered one."""
+    steps = [file for file in Path(path).glob("checkpoints/*.pt") if file.stem.isdecimal()]
+    if Path(path).is_dir() and not steps:
+        fail(f"{path} has no checkpoints/STEP.pt yet; train.py writes one every --ckpt-every, and at the end")
+    return str(max(steps, key=lambda file: int(file.stem), default=path))
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.uniform_, torch.Tensor.normal_) and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+
+def ema_weights(checkpoint):
+    """A checkpoint's EMA weights by name: train.py's, or those of a published file, if need be as ours."""
+    weights = {**checkpoint.get("ema", checkpoint)}
+    if "settings" in checkpoint:
+        return weights
+    _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    if len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2:
+        # SiT's: half of its output is not used, and t = 1 is data there, so that the other is -v at 1 - t
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            weights[name] = -weights[name].unflatten(0, (-1, 2, channels))[:, 0].flatten(0, 1)
+        omega = torch.exp(-math.log(10000) / 128 * torch.arange(128))
+        cos, sin = weights["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # times those of omega (1 - t)
+        weights["t_embedder.mlp.0.weight"] = torch.cat(
+            [cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()], dim=1)
+    return weights
 
 
 def load_model(path):
     """(model with the EMA weights, without heads, in eval mode; the settings it was trained with)."""
+    path = newest(path)
     try:
         checkpoint = load_tensors(path)
-        weights = checkpoint.get("ema", checkpoint)
+        weights = ema_weights(checkpoint)
         settings = checkpoint["settings"] if "settings" in checkpoint else published_settings(weights)
-        with NoInitialWeights():
-            model = build_model(settings, heads=False)
+        model = build_model(settings, heads=False)
         own = {name: x for name, x in weights.items() if not name.startswith(TRAINING_ONLY)}
         model.load_state_dict(own, assign=True)
         facts = facts_of(settings["data"], weights)
@@ -195,7 +211,7 @@ def load_model(path):
         if type(checkpoint.get("step", 0)) is not int or any(x.layout != torch.strided for x in own.values()):
             raise ValueError("its step is no integer, or a weight is sparse")
     except Exception as error:  # of many kinds
-        fail(f"{path} is no checkpoint of train.py, REPA, SRA or REPA-E: {first_line(error)}")
+        fail(f"{path} is no checkpoint of train.py, SiT, REPA, SRA or REPA-E: {first_line(error)}")
     return model.float().eval(), {**settings, "data": facts, "step": checkpoint.get("step")}
 
 
@@ -229,7 +245,7 @@ def save_vae(folder, vae, mean, std):
 
 
 def published_settings(weights):
-    """Settings of REPA's, SRA's and REPA-E's files, by their weights; VAE and scale are theirs."""
+    """Settings of SiT's, REPA's, SRA's and REPA-E's files, by their weights; VAE and scale are theirs."""
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     size = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
@@ -241,6 +257,17 @@ def published_settings(weights):
 
 
 # ---- The command
+
+
+def class_number(word, facts):
+    """The class that a word of --classes means: a name, where classes have names, or else a number."""
+    n, names = facts["num_classes"], facts.get("class_names", [])
+    if word in names:
+        return names.index(word)
+    if not word.isdecimal() or int(word) >= n:
+        named = f", named {', '.join(names[:20])}{', …' * (n > 20)}" if names else ""
+        fail(f"--classes {word}: this checkpoint has 0 to {n - 1}{named}")
+    return int(word)
 
 
 def class_of(i, num_classes, args):
@@ -256,14 +283,16 @@ def parse_args():
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint, whose EMA weights are used")
-    add("--classes", type=int, nargs="+", help="classes (default: up to 10, evenly spaced)")
+    add("--ckpt", required=True, metavar="FILE", type=newest,
+        help="checkpoint, whose EMA weights are used, or a run's folder: its newest one")
+    add("--classes", nargs="+", help="numbers or folders' names (default: up to 10, evenly spaced)")
     add("--per-class", type=positive_int, default=8, help="images of each")
     add("--num-samples", type=positive_int, help="or this many images of random classes")
     add("--class-balanced", action="store_true", help="of --num-samples: every class equally often")
     add("--seed", type=nonnegative_int, default=0, help="of the noise and the random classes")
     add("--vae", help="another autoencoder to decode with (default: the checkpoint's)")
-    add("--out", help="FILE.png, a grid, or FILE.npz, for fid.py (default: beside the checkpoint)")
+    add("--out", help="FILE.png, a grid, or FILE.npz, for fid.py (default: beside the checkpoint, named by "
+                      "its step and the flags)")
     add = parser.add_argument_group("sampler").add_argument
     add("--mode", choices=["sde", "ode"], default="sde", help="which equation to solve, by Euler's method")
     add("--num-steps", type=positive_int, default=250, help="sampler steps")
@@ -283,6 +312,9 @@ def parse_args():
         fail(f"--out {args.out} must end in .png, for a grid, or in .npz")
     if args.guidance_interval[0] > args.guidance_interval[1]:
         fail(f"--guidance-interval {args.guidance_interval} must have LO <= HI")
+    if not args.out:
+        name = named_by_flags(Path(args.ckpt).stem, args, parser, ("ckpt", "batch_size", "compile"))
+        args.out = str(Path(args.ckpt).with_name(f"{name}.{'npz' if args.num_samples else 'png'}"))
     return args
 
 
@@ -291,18 +323,15 @@ def main():
     model, trained = load_model(args.ckpt)
     facts = trained["data"]
     n = facts["num_classes"]
-    if args.classes and not 0 <= min(args.classes) <= max(args.classes) < n:
-        fail(f"--classes {args.classes}: this checkpoint has 0 to {n - 1}")
     if args.cfg_scale > 1 and trained.get("label_dropout") == 0:
         fail("trained with --label-dropout 0, this checkpoint has no null class for --cfg-scale")
     if not args.num_samples:
-        args.classes = args.classes or spread_classes(n, 10)
+        args.classes = [class_number(word, facts) for word in args.classes or ()] or spread_classes(n, 10)
     count = args.num_samples or len(args.classes) * args.per_class
     if args.vae:
         facts |= {"vae": args.vae, "vae_content": None}  # it may be any other
     args.vae = facts["vae"]
-    out = Path(args.out or Path(args.ckpt).with_suffix(".npz" if args.num_samples else ".png"))
-    record = Path(f"{out}.json")
+    out, record = Path(args.out), Path(f"{args.out}.json")
     settings = {**vars(args), "ckpt": str(Path(args.ckpt).resolve()), "step": trained["step"],
                 "ckpt_content": content_id(args.ckpt), "vae_content": content_id(args.vae)}
     for key in ("out", "batch_size", "compile"):  # they change no image
@@ -323,7 +352,7 @@ def main():
             layer.compile(dynamic=False)
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
     batches = arrays.batches(args.batch_size)
-    for rows in tqdm(batches, f"sampling, {world_size} process(es)", unit="batch", disable=rank > 0):
+    for rows in Progress(batches, f"sampling, {world_size} process(es)", unit="batch"):
         y = [class_of(i, n, args) for i in rows]
         images = sample_images(model, vae, facts, rows, y, args.seed, args.precision, **options)
         arrays.write(rows, images=images.cpu())
@@ -338,7 +367,9 @@ def main():
         else:
             save_grid(images, args.per_class, out)
         remove_marks(out)
-        print(out)
+        names = facts.get("class_names")
+        print(out, *(f"row {i}: class {c}{f' ({names[c]})' if names else ''}"
+                     for i, c in enumerate(args.classes or (), start=1)), sep="\n")
 
 
 if __name__ == "__main__":

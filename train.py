@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import re
 import secrets
 import signal
 import time
@@ -25,11 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from extract_latents import (
     Latents,
     Parser,
+    Progress,
     agree,
     atomic_write,
     check_same_settings,
@@ -42,6 +41,7 @@ from extract_latents import (
     load_tensors,
     load_vae,
     lock,
+    named_by_flags,
     nonnegative_float,
     nonnegative_int,
     positive_int,
@@ -61,7 +61,17 @@ from models import (
     mean_over_processes,
     patchify,
 )
-from sample import autocast, bn_statistics, draw_grid, load_decoder, rng, save_vae, vae_folder
+from sample import (
+    autocast,
+    bn_statistics,
+    draw_grid,
+    ema_weights,
+    load_decoder,
+    newest,
+    rng,
+    save_vae,
+    vae_folder,
+)
 
 # ---- The method
 
@@ -128,6 +138,8 @@ def training_step(model, ema, optimizer, batch, args, epoch):
         model.require_backward_grad_sync = micro is micros[-1]  # DDP then averages over the processes
         with autocast(batch["x"].device, args.precision):
             losses = training_losses(model, ema, micro, args)
+        if forgotten := losses.keys() - weights.keys():
+            fail(f"loss_weights has no weight for {' and '.join(forgotten)}, of training_losses")
         losses = {name: loss.sum() / len(batch["x"]) for name, loss in losses.items()}
         sum(weights[name] * loss for name, loss in losses.items()).backward()  # Eq. 8
         means = {name: means.get(name, 0) + loss.detach() for name, loss in losses.items()}
@@ -261,13 +273,14 @@ def check_finite(done, history, model):
         fail(f"weights are not finite after step {done}: is --lr too high?")
 
 
-def log_line(done, history, images_per_s):
-    """A line of log.jsonl: means over the steps in history and the processes."""
+def log_line(done, history, epoch, seconds, images_per_s):
+    """A line of log.jsonl: means over the steps in history and the processes; seconds of training so far."""
     rows = torch.stack([torch.stack(list(scalars.values())) for scalars in history])  # (steps, scalars)
     means = mean_over_processes(rows.mean(dim=0))
     largest = torch.stack([scalars["grad_norm"] for scalars in history]).max()
     return {"step": done, **dict(zip(history[0], means.tolist())), "grad_norm_max": largest.item(),
-            "images_per_s": images_per_s, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            "epoch": epoch, "seconds": seconds, "images_per_s": images_per_s,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def save(path, checkpoint):
@@ -347,6 +360,7 @@ def make_parser():
     add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
+    add("--init", metavar="FILE", type=newest, help="start from the EMA weights of a checkpoint")
     add = parser.add_argument_group("VAE-REPA").add_argument
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
@@ -365,6 +379,24 @@ def make_parser():
     add("--sra-weight", type=nonnegative_float, default=0.2, help="lambda until epoch 149, then falling")
     add("--sra-teacher-depth", type=positive_int, help="the EMA model's block (default: XL 20, L 16, B 8)")
     add("--sra-t-max", type=fraction, default=0.2, help="the teacher's t is smaller by up to this")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=positive_int, default=256, help="images per step over all processes")
+    add("--micro-batch", type=positive_int, help="images per forward and process (default: all)")
+    add("--max-steps", type=positive_int, default=400_000, help="optimizer steps; with more a run goes on")
+    add("--lr", type=nonnegative_float, default=1e-4, help="AdamW's constant learning rate")
+    add("--grad-clip", type=nonnegative_float, default=1.0, help="largest gradient norm; inf is none")
+    add("--ema-decay", type=fraction, default=0.9999, help="of the weights that sample")
+    add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
+    add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
+    add = parser.add_argument_group("output").add_argument
+    add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
+    add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
+    add("--ckpt-every", type=positive_int, default=50_000, help="steps between numbered checkpoints")
+    add("--state-every", type=positive_int, default=10_000, help="steps between rewrites of state.pt")
+    add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0 is off")
+    add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
     add = parser.add_argument_group("REPA-E").add_argument
     add("--tune-vae", action="store_true", help="train the VAE, too; needs REPA")
     add("--vae-from-scratch", action="store_true", help="from random weights")
@@ -373,25 +405,6 @@ def make_parser():
     add("--lpips-weights", nargs=2, metavar=("VGG", "LIN"), default=["vgg16-397923af.pth", "vgg.pth"],
         help="torchvision's VGG16, and weights/v0.1/vgg.pth of the lpips project")
     add("--disc-init", metavar="FILE", help="weights of the discriminator (default: random)")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=positive_int, default=256, help="images per step over all processes")
-    add("--micro-batch", type=positive_int, help="images per forward and process (default: all)")
-    add("--max-steps", type=positive_int, default=400_000, help="optimizer steps")
-    add("--lr", type=nonnegative_float, default=1e-4, help="AdamW's constant learning rate")
-    add("--grad-clip", type=nonnegative_float, default=1.0, help="largest gradient norm; inf is none")
-    add("--ema-decay", type=fraction, default=0.9999, help="of the weights that sample")
-    add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
-    add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
-    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
-    add("--activation-memory", type=fraction, default=1, help="kept part; the rest is computed twice")
-    add = parser.add_argument_group("output").add_argument
-    add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
-    add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
-    add("--ckpt-every", type=positive_int, default=50_000, help="steps between numbered checkpoints")
-    add("--state-every", type=positive_int, default=10_000, help="steps between rewrites of state.pt")
-    add("--sample-every", type=nonnegative_int, default=10_000, help="steps between sample grids; 0 is off")
-    add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
     return parser
 
 
@@ -411,9 +424,8 @@ def parse_args():
         fail(f"--vae-repa-interval {low} {high} must have LO < HI")
     if args.tune_vae and not args.repa_depth or args.vae_from_scratch and not args.tune_vae:
         fail("--tune-vae needs REPA (--repa-depth, --repa-weight), and --vae-from-scratch needs --tune-vae")
-    if args.activation_memory < 1 and not args.compile:
-        fail("--activation-memory needs --compile")
-    args.run_dir = args.run_dir or default_run_dir(args, parser)
+    args.run_dir = args.run_dir or "runs/" + named_by_flags(
+        args.model.replace("/", "-"), args, parser, ("model", *FREE))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(args.batch_size // world_size, 1)
     if args.batch_size % (world_size * args.micro_batch):
@@ -422,19 +434,32 @@ def parse_args():
     return args
 
 
-# what a resume may change
-FREE = ("run_dir", "micro_batch", "max_steps", "compile", "activation_memory", "log_every", "ckpt_every",
-        "state_every", "sample_every", "lpips_weights", "wandb")
-
-
-def default_run_dir(args, parser):
-    """runs/MODEL, then each flag that changes what is learned and is not at its default."""
-    words = [args.model, *(f"{key}-{value}" for key, value in vars(args).items()
-                           if key not in (*FREE, "model") and value != parser.get_default(key))]
-    return "runs/" + "_".join(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)
+# what a resume may change, as it changes nothing that is learned
+FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
+        "sample_every", "lpips_weights", "wandb", "class_names")
 
 
 # ---- The run
+
+
+def start_from(model, path):
+    """Give model the EMA weights of a checkpoint, and say which of them it took. Raises ValueError.
+
+    New if they do not fit: the tables of classes and positions, heads; or if it has none: a fork's layers.
+    """
+    may_differ = ("y_embedder.", "pos_embed", "heads.")
+    try:
+        own, weights = model.state_dict(), ema_weights(load_tensors(path))
+        taken = {name: x for name, x in weights.items() if name in own and not name.startswith("bn.")
+                 and (x.shape == own[name].shape or not name.startswith(may_differ))}
+        if not taken:
+            raise ValueError(f"it has no {next(iter(own))}")
+        model.load_state_dict(taken, strict=False)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"--init {path} cannot be used: {first_line(error)}") from error
+    new, unused = (", ".join({name.split(".")[0]: 0 for name in names if name not in taken}) or "none"
+                   for names in (own, weights))
+    return f"{len(taken)} tensors; new here: {new}; not used of it: {unused}"
 
 
 def load_tuned(args, facts):
@@ -476,8 +501,13 @@ def build(args, facts):
                 intact(args.repa_encoder)
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
+        for file in ("init", "disc_init"):  # a run may be moved: paths may change, contents not
+            if getattr(args, file):
+                settings[f"{file}_content"] = content_id(getattr(args, file))
         torch.manual_seed(args.seed)
         model = build_model(settings)
+        if args.init:
+            settings["init_took"] = start_from(model, args.init)
         side = model.input_size // model.patch_size
         if encoder and encoder.side != side:
             raise ValueError(f"the encoder has {encoder.side}x{encoder.side} tokens, SiT {side}x{side}")
@@ -496,10 +526,25 @@ def build(args, facts):
 def compile_layers(model, ema, args):
     """Compile layer by layer, which is quick, for fixed sizes: sample grids have others."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph in three
-    torch._functorch.config.activation_memory_budget = args.activation_memory
     teacher = ema.blocks[: args.sra_teacher_depth] if args.sra_depth else []
     for layer in (*model.blocks, *model.heads.values(), model.final_layer, *teacher):
         layer.compile(dynamic=False)
+
+
+def describe(model, args, settings, start, devices):
+    """Print what the run is."""
+    facts, tokens = settings["data"], (model.input_size // model.patch_size) ** 2
+    every, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.heads))
+    print(f"{args.run_dir}: from step {start} to {args.max_steps}, on {devices}")
+    print(f"  {every - heads:.1f} M parameters, heads {heads:.1f} M: {', '.join(model.heads) or 'none'}")
+    print(f"  {facts['count']} images of {facts['num_classes']} classes, latents {facts['latent_shape']}, "
+          f"{tokens} tokens; {facts['count'] / args.batch_size:.1f} steps an epoch")
+    if args.init:
+        print(f"  --init {args.init}: {settings['init_took']}")
+    left, suits = args.ema_decay**args.max_steps, 1 - float(f"{10 / args.max_steps:.1g}")
+    if left > 0.03:
+        print(f"  --ema-decay {args.ema_decay} leaves {left:.0%} of the initial weights in the samples; for "
+              f"{args.max_steps} steps take {max(suits, 0):g}")
 
 
 def main():
@@ -527,6 +572,8 @@ def main():
     # to the GPU
     rank, world_size, device = init_distributed()
     agree({**settings, "run_dir": f"{run_dir}, at step {start}"})
+    if start >= args.max_steps:
+        return first and print(f"{run_dir}: nothing left to do at step {start}; a larger --max-steps goes on")
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)
@@ -538,7 +585,8 @@ def main():
         model = DDP(raw_model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they stay equal; as an argument, newer torch warns of it
     if rank == 0:
-        print(f"{run_dir}: from step {start}, on {world_size} x {device.type}")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        describe(raw_model, args, settings, start, f"{world_size} x {name}")
 
     # the loop
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -547,8 +595,9 @@ def main():
     local = slice(rank * local_batch, (rank + 1) * local_batch)  # of each global batch
     steps = range(start, args.max_steps)
     rows = (latents.rows(step, args.batch_size, args.seed)[local] for step in steps)
-    progress = tqdm(steps, "training", args.max_steps, initial=start, disable=rank > 0)
+    progress = Progress(steps, "training", total=args.max_steps, initial=start)
     history, done, clock = [], start, time.perf_counter()  # history: since the last log line
+    began = clock - json.loads(log_before.splitlines()[-1]).get("seconds", 0) if log_before else clock
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
         batch, scalars = make_batch(stored, step, raw_model.null_class, args, local, device), {}
         if encoder:
@@ -565,11 +614,14 @@ def main():
         if log or numbered or resumable or draw or stop:
             check_finite(done, history, raw_model)  # waits for the GPU
         if log:
-            line = log_line(done, history, len(history) * args.batch_size / (time.perf_counter() - clock))
+            now = time.perf_counter()
+            line = log_line(done, history, done * args.batch_size / facts["count"], now - began,
+                            len(history) * args.batch_size / (now - clock))
             if rank == 0:
                 with writing(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                progress.set_postfix({key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")})
+                shown = {key: f"{line[key]:.3g}" for key in (*history[0], "images_per_s")}
+                progress.set_postfix(shown, refresh=False)
         if rank == 0 and draw:
             grid = run_dir / "samples" / f"{done:07d}.png"
             draw_grid(grid, ema, vae, facts, args.seed, args.precision,

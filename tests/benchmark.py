@@ -56,7 +56,7 @@ import extract_latents  # these are found only now
 import fid
 import sample
 import train
-from extract_latents import Parser, encode, fail, fraction, load_vae, positive_int, read_ahead, write_json
+from extract_latents import Parser, encode, fail, load_vae, positive_int, read_ahead, write_json
 from models import ALIGN_DEPTHS, LPIPS, Encoder, SiT_models, build_model
 
 ON_8, FORWARD = "it/s on 8 GPUs, no all-reduce", "forward of 1 image, ms"
@@ -188,9 +188,8 @@ def build(method, args, folder, *sizes):
     A size is (images of a step, images of a forward).
     """
     flags = ("--data", folder, "--run-dir", f"{folder}/{method} {sizes[0]}", "--sample-every", 0,
-             "--precision", args.precision, "--activation-memory", args.activation_memory, "--lpips-weights",
-             folder / "vgg.pth", folder / "lin.pth", "--compile" if args.compile else "--no-compile",
-             "--batch-size")
+             "--precision", args.precision, "--lpips-weights", folder / "vgg.pth", folder / "lin.pth",
+             "--compile" if args.compile else "--no-compile", "--batch-size")
     run_args = {(n, micro): train_args(method, args, *flags, n, "--micro-batch", micro) for n, micro in sizes}
     latents = extract_latents.Latents(folder, extras=["images"] if "REPA" in method.split("-") else [])
     with mock.patch.object(train, "load_encoder", random_encoder):
@@ -593,7 +592,6 @@ def parse_args():
         "REPA-E, which only memory knows)")
     add("--micro-batch", type=positive_int, nargs="+", help="images of a forward, of train and profile "
         "(default: 32); train does its larger step with each")
-    add("--activation-memory", type=fraction, help="as train.py's, of train and profile (default: 1)")
     add("--attention", choices=["flash", "cudnn"], help="of train and profile, on a GPU (default: flash)")
     add("--precision", choices=["bf16", "fp32"], help="of training (default: as train.py's)")
     add("--compile", action=argparse.BooleanOptionalAction, help="of training (default: as train.py's)")
@@ -619,7 +617,7 @@ def parse_args():
         fail("it measures one device: start it without torchrun")
     for flag, modes, default in (
             ("methods", ("train", "memory"), list(PAPER)), ("micro_batch", ("train", "profile"), [32]),
-            ("activation_memory", ("train", "profile"), 1.0), ("attention", ("train", "profile"), "flash")):
+            ("attention", ("train", "profile"), "flash")):
         given = getattr(args, flag)
         if given is not None and args.mode not in modes:
             fail(f"--{flag.replace('_', '-')} is of {' and '.join(modes)}, not of {args.mode}")

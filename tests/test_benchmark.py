@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, cli, message
 from torch.nn.functional import interpolate
 
-import train
 from extract_latents import encode, load_vae
 from models import LPIPS, Discriminator, SiT_models, SiTBlock
 
@@ -152,29 +151,6 @@ def test_repa_es_memory_on_paper(capsys, tmp_path, one_thread):
     assert more == pytest.approx(fixed, rel=0.01)
 
 
-def test_activation_memory_is_less_and_the_gradients_equal(monkeypatch):
-    gradients, saved, partition = [], [], partial(torch.compile, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(torch, "compile", partition)
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1)
-    h, c = torch.randn(16, 64, 32), torch.randn(16, 32)
-    for part in (1, 0.5):
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        model = SiT_models["SiT-Ti/2"](hidden_size=32, depth=1, vae_repa_depth=1)
-        torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight)
-        args = benchmark.train_args(
-            "VAE-REPA", SimpleNamespace(model="SiT-Ti/2"), "--activation-memory", part, "--compile")
-        train.compile_layers(model, model, args)
-        outputs = []
-        with torch.autocast("cpu", torch.bfloat16):
-            saved.append(benchmark.saved_bytes(
-                [model], lambda *of: outputs.append(model.blocks[0](*of)), h.requires_grad_(), c))  # noqa: B023
-        outputs[0].square().sum().backward()
-        gradients.append([p.grad for p in model.blocks[0].parameters()])
-    assert saved[1] < 0.75 * saved[0]
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_memory_is_the_compilers(monkeypatch, capsys, tmp_path):
@@ -279,7 +255,7 @@ def test_tf32_is_the_plain_samplers_alone(monkeypatch):
     ("train --device cuda", "needs"), ("fly", "fly"), ("profile --steps 0", "steps"),
     ("train --batch-size 3 --micro-batch 2", "divisible"), ("extract --count 1 --vae nowhere", "nowhere"),
     ("train --modle x", "--modle"), ("train --methods REPA-E", "REPA-E is a method of memory"),
-    ("memory --activation-memory 0", "--activation-memory is of train and profile, not of memory"),
+    ("memory --attention flash", "--attention is of train and profile, not of memory"),
     ("profile --methods plain", "--methods is of train and memory"),
     ("profile --micro-batch 1 2", "takes one"), ("sample --attention flash", "--attention is of"),
     ("train --attention cudnn", "needs a GPU"),

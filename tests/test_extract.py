@@ -350,7 +350,7 @@ def test_killed_then_continued_by_two_processes(capsys, pictures, vae, whole, tm
     for i in range(4):  # on disk already: nobody reads them again
         (root / NAMES[i]).write_text("no image now")
     run = process("extract_latents", *flags(root, vae, out), processes=2)
-    assert run.stdout.count(f"{out}: 13 images of 3 classes, latents [8, 8, 8]") == 1
+    assert run.stdout.count(f"{out}: 13 images of 3 classes, moments [8, 8, 8]") == 1
     assert contents(out, "latents.json") == contents(whole, "latents.json")
 
 

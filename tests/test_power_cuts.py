@@ -166,7 +166,7 @@ def held(path):
     try:
         if path.name == "log.jsonl":
             lines = map(json.loads, path.read_text().splitlines())
-            return [{**line, "images_per_s": 0, "memory_gib": 0} for line in lines]
+            return [{**line, "images_per_s": 0, "memory_gib": 0, "seconds": 0} for line in lines]
         if path.suffix == ".pt":  # equal objects can be pickled as one or as several
             return plain({**torch.load(path, weights_only=True), "log": ""})
     except Exception:  # it is damaged

@@ -406,7 +406,8 @@ def test_training_equals_a_plain_loop(capsys, unpatched, tuning, common, vae, tm
                 models.Encoder(tiny_encoder(), 32))
     expected, sit, average, tuned, judge = plain_loop(state["settings"], tuning[0], 3, *networks)
     for line, other in zip(lines, expected, strict=True):
-        assert set(line) - set(other) == {"step", "grad_norm_max", "images_per_s", "memory_gib"}
+        assert set(line) - set(other) == {
+            "step", "grad_norm_max", "epoch", "seconds", "images_per_s", "memory_gib"}
         for name, value in other.items():
             assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (line["step"], name)
     assert_close_weights(state["model"], sit)
@@ -463,7 +464,7 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
         (log(tmp_path / name), load(tmp_path / name / "state.pt")) for name in ("whole", "micro", "pair"))
     for lines, state in others:
         for a, b in zip(lines, whole[0], strict=True):
-            for key in a.keys() - {"images_per_s", "memory_gib", *own}:
+            for key in a.keys() - {"seconds", "images_per_s", "memory_gib", *own}:
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
             assert all(a[key] != 0 for key in own)
         for name in ("bn.running_mean", "bn.running_var"):
@@ -642,7 +643,7 @@ def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path)
     process("tests/repa_e", *TINY, *flags, "--data", tuning[0], "--run-dir", tmp_path / "pair", processes=2)
     other = load(tmp_path / "pair/state.pt")
     for a, b in zip(log(tmp_path / "pair"), whole, strict=True):
-        for key in a.keys() - {"images_per_s", "memory_gib"}:
+        for key in a.keys() - {"seconds", "images_per_s", "memory_gib"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
     first = len(state["model"]) - 3  # in the optimizer, of the VAE: SiT's come first
     gradients = [[each["opt"]["state"][i]["exp_avg"] for each in (state, other)]

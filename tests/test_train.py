@@ -70,7 +70,7 @@ def assert_same_run(a, b):
 def assert_close_run(run, other, steps):
     """Losses, gradients and weights of the same run in another order of summation."""
     for a, b in zip(log(run), log(other), strict=True):
-        for key in a.keys() - {"images_per_s", "memory_gib"}:
+        for key in a.keys() - {"seconds", "images_per_s", "memory_gib"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
     a, b = (load(path / "state.pt") for path in (run, other))
     assert a["step"] == b["step"] == steps
@@ -153,7 +153,7 @@ def assert_as_plain(data, run, steps, encoder=None):
     for line, expected in zip(log(run), lines, strict=True):
         for key, value in expected.items():
             assert line[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (line["step"], key)
-        assert list(line)[1:-3] == list(expected)
+        assert list(line)[1:-5] == list(expected)
     for found, expected in ((state["model"], weights), (state["ema"], average)):
         assert list(found) == list(expected)
         for name in found:
@@ -333,7 +333,7 @@ def test_layers_compile_whole_under_ddp(monkeypatch):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: real(layer, backend=counter, **how))
     model = SiT_models["SiT-S/2"](input_size=8, vae_repa_depth=2)  # a block has more than DDP's first MiB
-    args = SimpleNamespace(sra_depth=0, activation_memory=1)
+    args = SimpleNamespace(sra_depth=0)
     try:
         torch.compiler.reset()
         with torch._dynamo.config.patch(optimize_ddp=True):  # as torch has it
@@ -374,7 +374,7 @@ def test_defaults_are_the_papers(monkeypatch):
               "kl_weight": 1e-6, "gan_weight": 0.1, "tune_repa_weight": 1.5, "disc_init": None,
               "lpips_weights": ["vgg16-397923af.pth", "vgg.pth"],
               "run_dir": "runs/SiT-XL-2_vae-repa-depth-8",
-              "precision": "fp32", "compile": False, "activation_memory": 1}  # of a machine without a GPU
+              "precision": "fp32", "compile": False, "init": None}  # of a machine without a GPU
     assert vars(parsed(monkeypatch)) == recipe
     for size, expected in {"Ti": (2, 4), "S": (2, 8), "B": (2, 8), "L": (8, 16), "XL": (8, 20)}.items():
         args = parsed(monkeypatch, "--model", f"SiT-{size}/2", "--sra-depth", 1)
@@ -421,8 +421,7 @@ CHANGES = [
     ("--vae-repa-depth", 0), ("--vae-repa-weight", 0.5), ("--vae-repa-loss", "l2"), ("--vae-repa-beta", 0.1),
     ("--vae-repa-layers", 2), ("--vae-repa-interval", 0, 0.75), ("--vae-repa-interval", 0.5, 1)]
 FREE = [("--wandb", "sit"), ("--max-steps", 7), ("--micro-batch", 1), ("--log-every", 1), ("--ckpt-every", 1),
-        ("--sample-every", 1), ("--state-every", 1), ("--compile",),
-        ("--compile", "--activation-memory", 0.5), ("--lpips-weights", "vgg", "lin")]
+        ("--sample-every", 1), ("--state-every", 1), ("--compile",), ("--lpips-weights", "vgg", "lin")]
 
 
 def test_settings_that_matter(capsys, monkeypatch, whole, data):
@@ -459,7 +458,6 @@ def refused(capsys, data, run, *flags, script="train"):
     (("--vae-repa-loss", "huber"), "smooth_l1"), (("--vae-repa-beta", "nan"), "--vae-repa-beta"),
     (("--vae-repa-weight", -1), "--vae-repa-weight"), (("--label-dropout", 1.5), "--label-dropout"),
     (("--lr", "nan"), "--lr"), (("--lr", -1), "--lr"), (("--ema-decay", 1.1), "--ema-decay"),
-    (("--activation-memory", 1.5), "'1.5'"), (("--activation-memory", 0.5), "needs --compile"),
     (("--grad-clip", -1), "--grad-clip"), (("--sample-every", 2), "nobody/nothing")])  # a grid needs the VAE
 def test_bad_flags(capsys, data, tmp_path, flags, says):
     assert says in refused(capsys, data, tmp_path / "run", *flags)

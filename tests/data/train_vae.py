@@ -1,9 +1,12 @@
-"""Train the demo's VAE again: 3x64x64 pixels to 4x8x8 latents, on the shapes of draw_images.py.
+"""Train the demo's VAE again, on the shapes of draw_images.py; or one like it on your own images, for where
+there is no network: 3x64x64 pixels to 4x8x8 latents.
 
     python tests/data/train_vae.py --out tests/data/vae
+    python tests/data/train_vae.py --out data/my-vae --images-from my-images --steps 3000
 
-It trains on images of seed 1 and reports on images of seed 0, those the demo draws, which it never
-saw. It is a diffusers AutoencoderKL without attention, so any size divisible by 8 goes through.
+It trains on drawn images of seed 1 and reports on those of seed 0, which the demo draws; of your
+own images every tenth is left out to report on. It is a diffusers AutoencoderKL without attention, so
+any size divisible by 8 goes through.
 The loss is that of a VAE whose decoder has Laplace noise of scale b (--kl-weight),
 
     |x - x_hat| + b * KL(q(z|x) || N(0, I)),    averaged over pixel values,
@@ -23,6 +26,9 @@ from diffusers import AutoencoderKL
 from draw_images import CLASSES, draw
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from extract_latents import list_images, load_image  # noqa: E402  (found only now)
+
 HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64
 
@@ -34,6 +40,14 @@ def draw_set(seed, count):
         i, c = divmod(k, len(CLASSES))
         images[k] = draw(CLASSES[c], np.random.default_rng([seed, c, i]), SIZE)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def read_set(root):
+    """(images to train on, every tenth left out) of a folder of class folders, as `draw_set`."""
+    files = tqdm(list_images(root)[1], desc=f"reading {root}", unit="image")
+    images = torch.from_numpy(np.stack([load_image(file, SIZE) for file in files])).permute(0, 3, 1, 2)
+    left_out = torch.arange(len(images)) % 10 == 0
+    return images[~left_out], images[left_out]
 
 
 def to_input(images):
@@ -89,6 +103,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4500, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")
     parser.add_argument("--images", type=int, default=20000, help="training images drawn up front")
+    parser.add_argument("--images-from", type=Path, metavar="FOLDER", help="own images, a folder per class")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     parser.add_argument("--kl-weight", type=float, default=0.02, help="b in the loss above")
     parser.add_argument("--seed", type=int, default=0, help="weights, batches and noise")
@@ -100,7 +115,10 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    train, held_out = draw_set(TRAIN_SEED, args.images), draw_set(HELD_OUT_SEED, 1000)
+    if args.images_from:
+        train, held_out = read_set(args.images_from)
+    else:
+        train, held_out = draw_set(TRAIN_SEED, args.images), draw_set(HELD_OUT_SEED, 1000)
     vae = build_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99))
     warmup = min(100, args.steps)
