@@ -134,8 +134,8 @@ def load_vae(name, content=None):
         try:
             folder = Path(snapshot_download(repo, allow_patterns=files), *inside)
         except (errors.HFValidationError, errors.LocalEntryNotFoundError):
-            raise ValueError("there is no such folder, and the hub was not reached (moved? latents.json "
-                             "has its path, sample.py --vae)") from None
+            moved = "; if moved, put its path into latents.json, or use sample.py --vae" if content else ""
+            raise ValueError(f"there is no such folder, and the hub was not reached{moved}") from None
     elif content and content_id(name) != content:
         raise ValueError("its weights are not those that made the latents")
     config = diffusers.AutoencoderKL.load_config(folder)
@@ -425,7 +425,7 @@ def main():
 
     batches = arrays.batches(args.batch_size)
     loaded = read_ahead(lambda rows: load_batch([files[i] for i in rows], size), batches, args.num_workers)
-    progress = Progress(batches, f"encoding, {world_size} process(es)", unit="batch")
+    progress = Progress(batches, "encoding", unit="batch")
     bad = []
     for rows, (images, errors) in zip(progress, loaded):
         bad += errors

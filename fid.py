@@ -368,7 +368,7 @@ def compute_features(network, images, keep, args, rank, world_size, device):
     products = {name: total.outer(total) for name, total in sums.items()}
     starts = range(0, images.count, args.batch_size)[rank::world_size]
     batches = [range(i, min(i + args.batch_size, images.count)) for i in starts]
-    progress = Progress(batches, f"{images.path.name}, {world_size} process(es)")
+    progress = Progress(batches, images.path.name)
     for rows, batch in zip(progress, read_ahead(images.read, batches, args.num_workers)):
         outputs = run_network(network, batch, device)
         for name in sums:

@@ -352,7 +352,7 @@ def main():
             layer.compile(dynamic=False)
     options = {name: getattr(args, name) for name in ("mode", "num_steps", "cfg_scale", "guidance_interval")}
     batches = arrays.batches(args.batch_size)
-    for rows in Progress(batches, f"sampling, {world_size} process(es)", unit="batch"):
+    for rows in Progress(batches, "sampling", unit="batch"):
         y = [class_of(i, n, args) for i in rows]
         images = sample_images(model, vae, facts, rows, y, args.seed, args.precision, **options)
         arrays.write(rows, images=images.cpu())

@@ -131,7 +131,8 @@ def measure(folder, data, args):
     vae = f"{checkpoint}-vae" if Path(f"{checkpoint}-vae").exists() else "tests/data/vae"
     call("extract_latents.py", "--images", data / "images", "--out", folder / "latents", "--vae", vae,
          "--image-size", SIZE, "--reconstruct", "--num-workers", 1)
-    call("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500)
+    call("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500,
+         "--out", f"{checkpoint}.npz")
     for name, images in (("samples", f"{checkpoint}.npz"), ("rfid", folder / "latents/reconstructions.npy")):
         call("fid.py", images, "--ref", data / "images", *fid, "--json", folder / f"{name}.json")
     latents = Latents(folder / "latents")

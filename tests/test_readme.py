@@ -23,7 +23,7 @@ from test_fid import METRICS
 
 import extract_latents
 
-DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "tests/PAPERS.md")}
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "tests/PAPERS.md", "tests/CLUSTER.md")}
 README = DOCS["README.md"]
 SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e",
            "convert_vae", "export_encoder")
@@ -47,6 +47,7 @@ def commands(doc):
         lines.append(f"python train.py {first} {flags if more else ''}")
     for script, flags in re.findall(r"^\| `([\w/]+\.py) (--[^`]+)`", text, re.M):
         lines.append(f"python {script} {'--ckpt a.pt ' if script == 'sample.py' else ''}{flags}")
+    lines = [re.sub(r"^for .*; do (.*); done$", r"\1", line).replace("$scale", "1.5") for line in lines]
     return [line for line in lines if re.match(r"(python|torchrun) .*(\.py|-m )", line)]
 
 
@@ -91,6 +92,7 @@ def test_flags_exist(monkeypatch):
                 assert flag in (known[named[1]] if named else every), word
                 shown += 1
     assert shown > 100 and len(commands("README.md")) > 15 and len(commands("tests/PAPERS.md")) > 70
+    assert commands("tests/CLUSTER.md")
 
 
 def anchors(doc):
@@ -104,9 +106,9 @@ def anchors(doc):
 @pytest.mark.parametrize("doc", DOCS)
 def test_links_and_files(doc):
     """Links point at the lines that they name, pictures are small, scripts and headings exist."""
-    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", DOCS[doc])
+    links = re.findall(r"\[`(\w+)`\]\(([\w/.]+\.py)#L(\d+)\)", DOCS[doc])
     for name, file, line in links:
-        there = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        there = ((ROOT / doc).parent / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b", there), f"{name} is not at {file}#L{line}"
     text, pictures = text_of(doc)[0], 0
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -122,7 +124,7 @@ def test_links_and_files(doc):
                 assert os.path.getsize(file) <= 300_000
     named = re.findall(r"(?<![\w./])[\w./]+\.(?:py|patch)\b", DOCS[doc])
     assert not [file for file in named if not any((ROOT / at / file).exists() for at in ("", "tests"))]
-    assert pictures >= 2 and named and (len(links) >= 6 or doc != "README.md")
+    assert named and (len(links) >= 6 and pictures >= 2 or doc != "README.md")
 
 
 def test_each_table_of_the_papers():
@@ -138,11 +140,12 @@ def test_each_table_of_the_papers():
 
 
 def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread):
-    """README's line for several, by two agents of torchrun on this one: they train, sample and measure what
-    one process does, and say no more; torch would, on the detector's format."""
-    (line,) = (line for line in commands("README.md") if "--nnodes" in line)
+    """CLUSTER.md's line, by two agents of torchrun on this machine: they train, sample and measure what one
+    process does, and say no more; torch would, on the detector's format."""
+    cluster = DOCS["tests/CLUSTER.md"]
+    (line,) = (line for line in commands("tests/CLUSTER.md") if "--nnodes" in line)
     flags, of_slurm = (re.findall(r"--[\w-]+", re.search(rf"{start} (.*?)train\.py", text, re.S)[1])
-                       for start, text in (("torchrun", line), ("srun.*? torchrun", README)))
+                       for start, text in (("torchrun", line), ("srun.*? torchrun", cluster)))
     assert flags == of_slurm and len(flags) == 5
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -176,6 +179,19 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
     assert np.abs(images_of_one - images_of_two).max() <= 1 and images_of_one.std() > 5  # float32's last bits
     metrics, of_two = (json.loads((folder / "fid.json").read_text()) for folder in (one, two))
     assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
+
+
+def test_from_python(checkpoint, monkeypatch):
+    """README's lines, which draw what the command does."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert code.count('"runs/mine"') == 1 and len(code.splitlines()) <= 5
+    exec(code.replace('"runs/mine"', repr(str(checkpoint.parent.parent))), found := {})
+    out = checkpoint.parent / "from-python.npz"
+    flags = ("--classes", 0, "--seed", 0, "--precision", "fp32", "--cfg-scale", 2.5, "--out", out)
+    assert cli(None, "sample", "--ckpt", checkpoint, *flags)[0] == 0
+    images, drawn = found["images"].numpy(), np.load(out)["arr_0"]
+    assert images.dtype == np.uint8 and images.shape == drawn.shape == (8, 32, 32, 3)
+    assert np.abs(images.astype(int) - drawn).max() <= 1 and images.std() > 5
 
 
 def test_the_demos_table():
@@ -302,7 +318,7 @@ def main():
     run_all(repo, (*train, 2), (*train, 4), ("check", ckpt),
             ("sample", "--ckpt", ckpt, "--num-steps", 2, "--per-class", 1),
             ("figures", "features", "--ckpt", ckpt, "--data", latents, "--layers", 1, "--out", "out"))
-    assert (repo / "out" / "features.png").exists() and ckpt.with_suffix(".png").exists()
+    assert (repo / "out" / "features.png").exists() and list(ckpt.parent.glob("0000004_*.png"))
 
 
 def test_the_top_level_holds_what_was_promised():

@@ -253,12 +253,13 @@ def test_default_outputs_and_records(capsys, run, tiny, vae, tmp_path):
               "vae_content": content_id(vae), "seed": 0, "classes": classes, "per_class": 8,
               "num_samples": None, "class_balanced": False, "mode": "sde", "num_steps": 4, "cfg_scale": 1.0,
               "guidance_interval": [0, 1], "precision": "fp32"}
-    for name, flags, changed in (("run.png", (), {}),
-                                 ("run.npz", ("--num-samples", 1), {"classes": None, "num_samples": 1})):
+    for name, flags, changed in (
+            ("run_num-steps-4.png", (), {}),
+            ("run_num-samples-1_num-steps-4.npz", ("--num-samples", 1), {"classes": None, "num_samples": 1})):
         assert cli(capsys, "sample", "--ckpt", ckpt, "--num-steps", 4, *flags)[0] == 0
         assert json.loads((tmp_path / f"{name}.json").read_text()) == {**record, **changed}
-    grid = read(tmp_path / "run.png")
-    assert close(grid, drawn(tiny, np.repeat(classes, 8))) and len(read(tmp_path / "run.npz")) == 1
+    assert close(read(tmp_path / "run_num-steps-4.png"), drawn(tiny, np.repeat(classes, 8)))
+    assert len(read(tmp_path / name)) == 1
     grid = run("--num-samples", 5, "--per-class", 3, out="random.png")
     assert close(grid[:5], drawn(tiny, random_labels(5))) and len(grid) == 6 and not grid[5].any()
 
