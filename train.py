@@ -436,7 +436,7 @@ def parse_args():
 
 # what a resume may change, as it changes nothing that is learned
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "lpips_weights", "wandb", "class_names")
+        "sample_every", "lpips_weights", "wandb", "class_names", "init_took")
 
 
 # ---- The run
