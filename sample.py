@@ -301,8 +301,10 @@ def parse_args():
         help="guide where LO <= t <= HI")
     add = parser.add_argument_group("computing").add_argument
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
-    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="with --num-samples")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
+        help="of the products; on a GPU it is bf16")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda,
+        help="torch.compile, with --num-samples; on a GPU it is on")
     args = parser.parse_args()
     if args.num_samples and args.classes or args.class_balanced and not args.num_samples:
         fail("--classes cannot be given with --num-samples, nor --class-balanced without it")

@@ -388,8 +388,10 @@ def make_parser():
     add("--ema-decay", type=fraction, default=0.9999, help="of the weights that sample")
     add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
-    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of the products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile the layers")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
+        help="of the products; on a GPU it is bf16")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda,
+        help="torch.compile the layers; on a GPU it is on")
     add = parser.add_argument_group("output").add_argument
     add("--run-dir", help="folder to write or resume in (default: runs/, then the flags)")
     add("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
