@@ -327,8 +327,8 @@ class Latents:
                 raise ValueError("labels must be from 0 to num_classes - 1")
             if not isinstance(about["vae"], str):
                 raise ValueError("vae must be a name or a folder")
-            if "class_names" in about:
-                self.facts["class_names"] = names = about["class_names"]
+            if names := about.get("class_names"):
+                self.facts["class_names"] = names
                 if len(names) != n or not all(isinstance(name, str) for name in names):
                     raise ValueError("class_names must be num_classes names")
             if (self.arrays["moments"][:1000, channels // 2 :] < 0).any():

@@ -65,7 +65,8 @@ def test_what_a_run_says(capsys, data, tmp_path):
 
 
 @pytest.mark.parametrize("steps, decay, left, suits", [
-    (4, 0.9999, "100%", "0"), (30, 0.95, "21%", "0.7"), (30, 0.7, None, None), (4, 0, None, None)])
+    (4, 0.9999, "100%", "0"), (30, 0.95, "21%", "0.7"), (30, 0.9, "4%", "0.7"), (30, 0.87, None, None),
+    (4, 0, None, None)])
 def test_an_average_that_is_too_slow(capsys, data, tmp_path, steps, decay, left, suits):
     """It would sample the initial weights, which a line says, with a decay that suits."""
     flags = ("--data", data, "--run-dir", tmp_path / "run", "--ema-decay", decay, "--max-steps", steps)
@@ -125,7 +126,7 @@ def trained(checkpoint, tmp_path):
     """A run's folder, with a newer and an older checkpoint, and a file that is none of train.py's."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    for name in ("0000004.pt", "0000002.pt", "10000000.pt", "best.pt"):
+    for name in ("9999999.pt", "0000002.pt", "10000000.pt", "best.pt"):
         shutil.copy(checkpoint, folder / name)
     return folder.parent
 
@@ -356,7 +357,7 @@ def test_moved_to_another_place(capsys, monkeypatch, latents, vae, tmp_path):
     monkeypatch.chdir(there)
     line = refusal(capsys, "train", *flags, 4, "--sample-every", 4)
     assert f"{here / 'vae'}" in line and "latents.json" in line and "--vae" in line
-    about(there / "data", vae=str(there / "vae"))
+    about(there / "data", vae=str(there / "vae"), class_names=["better", "names", "now"])
     said(capsys, "train", *flags, 4, "--sample-every", 4)
     assert_same_run(here / "run", there / "run")
     said(capsys, "sample", "--ckpt", "run", "--num-steps", 2)

@@ -181,13 +181,13 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
     assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
 
 
-def test_from_python(checkpoint, monkeypatch):
+def test_from_python(checkpoint, one_thread):
     """README's lines, which draw what the command does."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert code.count('"runs/mine"') == 1 and len(code.splitlines()) <= 5
     exec(code.replace('"runs/mine"', repr(str(checkpoint.parent.parent))), found := {})
     out = checkpoint.parent / "from-python.npz"
-    flags = ("--classes", 0, "--seed", 0, "--precision", "fp32", "--cfg-scale", 2.5, "--out", out)
+    flags = ("--classes", 0, "--seed", 0, "--precision", "fp32", "--num-steps", 50, "--out", out)
     assert cli(None, "sample", "--ckpt", checkpoint, *flags)[0] == 0
     images, drawn = found["images"].numpy(), np.load(out)["arr_0"]
     assert images.dtype == np.uint8 and images.shape == drawn.shape == (8, 32, 32, 3)

@@ -494,6 +494,18 @@ def test_bf16(capsys, tuning, common, tuned_run, tmp_path):
     assert {z.dtype, *seen, *(loss.dtype for loss in losses.values())} == {torch.float32}
 
 
+def test_a_discriminator_that_was_moved(capsys, tuning, common, tuned_run, tmp_path):
+    """A run goes on with its file elsewhere, and with no other."""
+    gan = common.index("--disc-init") + 1
+    flags = (*TINY, "--data", tuning[0], "--run-dir", tuned_run, "--max-steps", 3, "--ema-decay", 0.5)
+    moved = [*common[:gan], shutil.copy(common[gan], tmp_path / "moved.pth"), *common[gan + 1 :]]
+    status, out, _ = cli(capsys, "train", *flags, *moved)
+    assert status == 0 and "nothing left to do at step 3" in out
+    torch.save(models.Discriminator().state_dict(), tmp_path / "moved.pth")
+    status, _, err = cli(capsys, "train", *flags, *moved)
+    assert status == 2 and "disc_init_content is" in message(err)
+
+
 def test_it_learns(capsys, tuning, common, tmp_path):
     """From scratch, reconstructions get closer and SiT's tokens more like the encoder's, at once."""
     flags = (*common, "--vae-from-scratch", "--max-steps", 25, "--lr", 5e-3, "--batch-size", 8)
