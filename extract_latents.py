@@ -284,7 +284,7 @@ class Latents:
 
     extras: names of further arrays NAME.npy, with a row for each image, such as "images", for `read` to add.
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
-    [C, H, W], count, class_names if there are, and, with "images", image_size.
+    [C, H, W], count, a hash of the first moments, class_names if there are, and, with "images", image_size.
     """
 
     KEYS = {"vae": "a diffusers autoencoder, to decode samples", "shift": "of x = (z - shift) * scale",
@@ -319,20 +319,23 @@ class Latents:
             for name, array in self.arrays.items():
                 dtypes, shape = forms.get(name, ([array.dtype.name], (count, *array.shape[1:])))
                 if array.dtype.name not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, not {' or '.join(dtypes)} "
-                                     f"{shape} in C order")
+                    order = "" if array.flags.c_contiguous else " in Fortran's order"
+                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}{order}, not "
+                                     f"{' or '.join(dtypes)} {shape} in C's")
                 torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
             self.labels = self.arrays.pop("labels").astype(np.int64)
-            if not 0 <= self.labels.min() <= self.labels.max() < n or not isinstance(n, int):
+            if not isinstance(n, int) or not 0 <= self.labels.min() <= self.labels.max() < n:
                 raise ValueError("labels must be from 0 to num_classes - 1")
             if not isinstance(about["vae"], str):
                 raise ValueError("vae must be a name or a folder")
             if names := about.get("class_names"):
                 self.facts["class_names"] = names
-                if len(names) != n or not all(isinstance(name, str) for name in names):
-                    raise ValueError("class_names must be num_classes names")
-            if (self.arrays["moments"][:1000, channels // 2 :] < 0).any():
-                raise ValueError("moments.npy has standard deviations below 0: are they log-variances?")
+                if not isinstance(names, list) or [type(name) for name in names] != n * [str]:
+                    raise ValueError("class_names must be a list of num_classes names")
+            first = np.array(self.arrays["moments"][:1000])  # all may be 21 GB
+            self.facts["first_1000"] = hashlib.sha256(first).hexdigest()[:16]
+            if (first[:, channels // 2 :] < 0).any():
+                raise ValueError("moments.npy has standard deviations below 0: log-variances, other axes?")
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
         except FileNotFoundError as error:
             repa = ", which REPA needs: extract again, with --store-images"
@@ -478,7 +481,7 @@ def run(main):
     """Run a script's main; what the system refuses, as a full disk, is one sentence."""
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # if closed
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # names of files may be no text
     if any(re.fullmatch(r"(--[\w-]+=)?\s*", word) for word in sys.argv[1:]):
         fail("an argument is empty: is a variable of the shell not set?")
     if not all(os.environ.get(name, "1").isdecimal() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
@@ -558,9 +561,13 @@ def fraction(text):
 
 def named_by_flags(name, args, parser, skip):
     """A file's name: the given one, then each flag that is not at its default; of a path the last part."""
-    words = [f"{key}-{Path(str(value)).name}" for key, value in vars(args).items()
-             if key not in skip and value != parser.get_default(key)]
-    return "_".join([name, *(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)])[:150]
+    words = [f"{key}-{Path(value).name if isinstance(value, str) else value}"
+             for key, value in vars(args).items() if key not in skip and value != parser.get_default(key)]
+    words = [re.sub(r"\.0(?!\d)", "", word) for word in words]  # 4.0 is 4
+    name = "_".join([name, *(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)])
+    whole = os.fsencode(name)  # file systems take 255 bytes
+    short = f"{whole[:150].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    return name if len(whole) < 160 else short
 
 
 def read_ahead(read, items, threads=1):
@@ -738,8 +745,12 @@ def content_id(path):
 
 def load_tensors(path):
     """A dictionary that torch.save wrote, on the CPU, read from disk when used; no code in it is run."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's checkpoints hold
-        return {**torch.load(intact(path), "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))}
+    mapped = zipfile.is_zipfile(intact(path))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's hold
+            return {**torch.load(path, "cpu", weights_only=True, mmap=mapped)}
+    except Exception as error:  # of many kinds; torch's own advice would be to run the code in the file
+        raise ValueError(f"{path} holds no dictionary of tensors") from error
 
 
 def lock(path, output):
@@ -766,12 +777,14 @@ def check_same_settings(record, settings, there=None):
     except Exception as error:
         fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
     known, settings = json.loads(json.dumps([known, settings]))  # tuples are lists there
-    same = {key.removesuffix("_content") for key, value in settings.items()
-            if key.endswith("_content") and value and value == known.get(key)}
+    contents = {key: (value, known.get(key)) for key, value in settings.items() if key.endswith("_content")}
+    same = {key.removesuffix("_content") for key, (here, there) in contents.items() if here and here == there}
+    same |= {key for key, pair in contents.items() if None in pair}  # a file is not there: its path counts
     differ = [f"{key} is {known[key]!r} there and {value!r} here" for key, value in settings.items()
               if key in known and known[key] != value and key not in same]
     if differ:
-        fail(f"{record} has other settings: {'; '.join(differ)} (give another output)")
+        another = "--run-dir" if there else "output"
+        fail(f"{record} has other settings: {'; '.join(differ)} (give another {another})")
 
 
 def remove_marks(out):

@@ -379,7 +379,7 @@ def load_encoder(name, image_size):
         with hub_lock():
             return Encoder(torch.hub.load("facebookresearch/dinov2:main", name, verbose=False), image_size)
     except Exception as error:  # hub, network, code, file and shape errors have no common class
-        raise ValueError(f"cannot load encoder {name}: {error}") from error
+        raise ValueError(f"cannot load --repa-encoder {name} (or give a FILE.pt2): {error}") from error
 
 
 @contextlib.contextmanager

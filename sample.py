@@ -10,6 +10,7 @@ batch size or the number of processes (to rounding). If interrupted, run the sam
 import argparse
 import math
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,11 +111,9 @@ def sample_images(model, vae, facts, rows, y, seed, precision, mode="sde", **opt
     generators = [rng(seed, i, device) for i in rows]
     noise = randn_like(torch.empty(len(rows), *facts["latent_shape"], device=device), generators)
     y = torch.as_tensor(y, device=device)
+    sampler = {"sde": partial(sample_sde, generators=generators), "ode": sample_ode}[mode]
     with autocast(device, precision):  # x stays float32
-        if mode == "sde":
-            x = sample_sde(model, noise, y, generators=generators, **options)
-        else:
-            x = sample_ode(model, noise, y, **options)
+        x = sampler(model, noise, y, **options)
     return decode(vae, x, facts["shift"], facts["scale"], rows)
 
 
@@ -171,7 +170,7 @@ def newest(path):
     """A checkpoint as it is given; of a run's folder, the newest numbered one."""
     steps = [file for file in Path(path).glob("checkpoints/*.pt") if file.stem.isdecimal()]
     if Path(path).is_dir() and not steps:
-        fail(f"{path} has no checkpoints/STEP.pt yet; train.py writes one every --ckpt-every, and at the end")
+        fail(f"{path} has no checkpoints/STEP.pt yet; give a file, such as its state.pt")
     return str(max(steps, key=lambda file: int(file.stem), default=path))
 
 
@@ -180,6 +179,8 @@ def ema_weights(checkpoint):
     weights = {**checkpoint.get("ema", checkpoint)}
     if "settings" in checkpoint:
         return weights
+    if "x_embedder.proj.weight" not in weights:
+        raise ValueError("it has no x_embedder.proj.weight, as SiT has")
     _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     if len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2:
         # SiT's: half of its output is not used, and t = 1 is data there, so that the other is -v at 1 - t
@@ -264,7 +265,7 @@ def class_number(word, facts):
     n, names = facts["num_classes"], facts.get("class_names", [])
     if word in names:
         return names.index(word)
-    if not word.isdecimal() or int(word) >= n:
+    if word not in map(str, range(n)):
         named = f", named {', '.join(names[:20])}{', …' * (n > 20)}" if names else ""
         fail(f"--classes {word}: this checkpoint has 0 to {n - 1}{named}")
     return int(word)

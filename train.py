@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -62,6 +63,7 @@ from models import (
     patchify,
 )
 from sample import (
+    TRAINING_ONLY,
     autocast,
     bn_statistics,
     draw_grid,
@@ -304,7 +306,8 @@ def resume(args, settings, parts):
     """Load what `save_checkpoints` wrote with these settings, if it did: (its step, or 0; its log, or "")."""
     run_dir, parser = Path(args.run_dir), make_parser()
     path, record = run_dir / "state.pt", run_dir / "settings.json"
-    settings = {key: x for key, x in {**settings, **settings["data"]}.items() if key not in (*FREE, "data")}
+    given, settings = settings, {**settings, **settings["data"]}
+    settings = {key: x for key, x in settings.items() if key not in (*FREE, "data")}
     defaults = {key: parser.get_default(key) for key in vars(args)}  # of flags that are newer than the run
     if not path.exists():
         if record.exists():
@@ -316,6 +319,8 @@ def resume(args, settings, parts):
     try:
         state = load_tensors(path)
         check_same_settings(path, settings, {**defaults, **state["settings"]})
+        for there, here in ((state["settings"], given), (state["settings"]["data"], given["data"])):
+            here |= {key: x for key, x in there.items() if key.endswith("_content") and not here.get(key)}
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if type(step := state["step"]) is not int or step < 0:
@@ -360,7 +365,7 @@ def make_parser():
     add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
-    add("--init", metavar="FILE", type=newest, help="start from the EMA weights of a checkpoint")
+    add("--init", metavar="FILE", help="start from the EMA weights of a checkpoint, ours or published")
     add = parser.add_argument_group("VAE-REPA").add_argument
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
@@ -438,30 +443,37 @@ def parse_args():
 
 # what a resume may change, as it changes nothing that is learned
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
-        "sample_every", "lpips_weights", "wandb", "class_names", "init_took")
+        "sample_every", "lpips_weights", "wandb", "class_names")
 
 
 # ---- The run
 
 
 def start_from(model, path):
-    """Give model the EMA weights of a checkpoint, and say which of them it took. Raises ValueError.
+    """Give model the EMA weights of a checkpoint, ours or published, and print which. Raises ValueError.
 
-    New if they do not fit: the tables of classes and positions, heads; or if it has none: a fork's layers.
+    Heads and the tables of classes and positions stay new if they do not fit; all else must fit.
     """
-    may_differ = ("y_embedder.", "pos_embed", "heads.")
     try:
         own, weights = model.state_dict(), ema_weights(load_tensors(path))
-        taken = {name: x for name, x in weights.items() if name in own and not name.startswith("bn.")
-                 and (x.shape == own[name].shape or not name.startswith(may_differ))}
-        if not taken:
-            raise ValueError(f"it has no {next(iter(own))}")
+        names = {name: ".".join(name.split(".")[:2]) for name in {**own, **weights}}  # such as heads.vae_repa
+        here, there = ({name: tuple(x.shape) for name, x in each.items()} for each in (own, weights))
+        differ = [name for name in names if here.get(name) != there.get(name)]
+        for name in differ:
+            if not name.startswith((*TRAINING_ONLY, "y_embedder.", "pos_embed")):
+                raise ValueError(f"its {name} is {there.get(name)}, not {here.get(name)}: another --model?")
+        new = {names[name] for name in differ}
+        taken = {name: x for name, x in weights.items() if names[name] not in new}
+        for name in taken.keys() & dict(model.named_parameters()):
+            if not taken[name].is_floating_point() or not taken[name].isfinite().all():
+                raise ValueError(f"its {name} is not finite")
         model.load_state_dict(taken, strict=False)
     except Exception as error:  # of many kinds
         raise ValueError(f"--init {path} cannot be used: {first_line(error)}") from error
-    new, unused = (", ".join({name.split(".")[0]: 0 for name in names if name not in taken}) or "none"
-                   for names in (own, weights))
-    return f"{len(taken)} tensors; new here: {new}; not used of it: {unused}"
+    if os.environ.get("RANK", "0") == "0":
+        new, unused = (", ".join(sorted(new & {names[name] for name in each})) or "none"
+                       for each in (own, weights))
+        print(f"--init {path}: {len(taken)} tensors; new here: {new}; not used of it: {unused}")
 
 
 def load_tuned(args, facts):
@@ -496,20 +508,18 @@ def build(args, facts):
     `vae_step`, settings). settings: what checkpoints keep, and `build_model` needs.
     """
     encoder, tuned, settings = None, torch.nn.ModuleDict(), {**vars(args), "data": facts}
+    init = args.init and newest(args.init)
     try:
+        for flag, file in {**vars(args), "init": init}.items():
+            if flag in ("init", "repa_encoder", "disc_init") and file and os.path.exists(file):
+                settings[f"{flag}_content"] = content_id(intact(file))  # if moved, it must be the same
         if args.repa_depth:
-            settings["repa_encoder_content"] = content_id(args.repa_encoder)
-            if args.repa_encoder.endswith(".pt2"):
-                intact(args.repa_encoder)
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
-        for file in ("init", "disc_init"):  # a run may be moved: paths may change, contents not
-            if getattr(args, file):
-                settings[f"{file}_content"] = content_id(getattr(args, file))
         torch.manual_seed(args.seed)
         model = build_model(settings)
-        if args.init:
-            settings["init_took"] = start_from(model, args.init)
+        if init and not Path(args.run_dir, "state.pt").exists():
+            start_from(model, init)
         side = model.input_size // model.patch_size
         if encoder and encoder.side != side:
             raise ValueError(f"the encoder has {encoder.side}x{encoder.side} tokens, SiT {side}x{side}")
@@ -541,8 +551,6 @@ def describe(model, args, settings, start, devices):
     print(f"  {every - heads:.1f} M parameters, heads {heads:.1f} M: {', '.join(model.heads) or 'none'}")
     print(f"  {facts['count']} images of {facts['num_classes']} classes, latents {facts['latent_shape']}, "
           f"{tokens} tokens; {facts['count'] / args.batch_size:.1f} steps an epoch")
-    if args.init:
-        print(f"  --init {args.init}: {settings['init_took']}")
     left, suits = args.ema_decay**args.max_steps, 1 - float(f"{10 / args.max_steps:.1g}")
     if left > 0.03:
         print(f"  --ema-decay {args.ema_decay} leaves {left:.0%} of the initial weights in the samples; for "
@@ -599,7 +607,7 @@ def main():
     rows = (latents.rows(step, args.batch_size, args.seed)[local] for step in steps)
     progress = Progress(steps, "training", total=args.max_steps, initial=start)
     history, done, clock = [], start, time.perf_counter()  # history: since the last log line
-    began = clock - json.loads(log_before.splitlines()[-1]).get("seconds", 0) if log_before else clock
+    began = clock - float((re.findall(r'"seconds": ([\d.]+)', log_before) or [0])[-1])
     for step, stored in zip(progress, read_ahead(latents.read, rows, threads=4)):
         batch, scalars = make_batch(stored, step, raw_model.null_class, args, local, device), {}
         if encoder:
@@ -612,7 +620,8 @@ def main():
         done, stop = step + 1, any_signal()
         log, numbered, resumable, draw = (every and done % every == 0 for every in (
             args.log_every, args.ckpt_every, args.state_every, args.sample_every))
-        numbered = numbered or done == args.max_steps
+        if done == args.max_steps:
+            log = numbered = True
         if log or numbered or resumable or draw or stop:
             check_finite(done, history, raw_model)  # waits for the GPU
         if log:

@@ -2,8 +2,10 @@
 name, starting from weights, latents made by hand, moving, jobs' logs."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import TINY, cli, message, process, write_set
+from conftest import ROOT, TINY, cli, message, process, write_set
 from PIL import Image
+from test_faults import wait_until
 from test_sample import lively, settings_for
 from test_train import assert_same_run, fit, load, log
 
@@ -136,14 +139,14 @@ def test_sweeps(capsys, trained, vae, tmp_path):
     shutil.copytree(vae, tmp_path / "a" / "my vae")
     names = {("--per-class", 1): "per-class-1_num-steps-2.png",
              ("--per-class", 1, "--cfg-scale", 4, "--seed", 3):
-                 "per-class-1_seed-3_num-steps-2_cfg-scale-4.0.png",
+                 "per-class-1_seed-3_num-steps-2_cfg-scale-4.png",
              ("--per-class", 1, "--batch-size", 2): "per-class-1_num-steps-2.png",
              ("--classes", "class2", 0, "--mode", "ode"): "classes-class2-0_mode-ode_num-steps-2.png",
              ("--num-samples", 1): "num-samples-1_num-steps-2.npz",
              ("--num-samples", 2): "num-samples-2_num-steps-2.npz",
              ("--num-samples", 2, "--cfg-scale", 1.5): "num-samples-2_num-steps-2_cfg-scale-1.5.npz",
              ("--num-samples", 2, "--guidance-interval", 0, 0.7):
-                 "num-samples-2_num-steps-2_guidance-interval-0.0-0.7.npz",
+                 "num-samples-2_num-steps-2_guidance-interval-0-0.7.npz",
              ("--num-samples", 2, "--vae", tmp_path / "a" / "my vae"):
                  "num-samples-2_vae-my-vae_num-steps-2.npz"}
     few, made = ("--ckpt", trained, "--num-steps", 2), set()
@@ -154,7 +157,9 @@ def test_sweeps(capsys, trained, vae, tmp_path):
     assert {path for kind in ("png", "npz") for path in trained.rglob(f"*.{kind}")} == made
     assert "complete already" in said(capsys, "sample", *few, *flags)
     long = ("--classes", *["0"] * 200, "--per-class", 1)
-    assert len(Path(said(capsys, "sample", *few, *long).splitlines()[0]).name) < 200
+    paths = [Path(said(capsys, "sample", *few, *long, *more).splitlines()[0])
+             for more in ((), ("--seed", 1), ("--seed", 2))]
+    assert len(set(paths)) == 3 and all(len(path.name) < 200 and path.exists() for path in paths)
 
 
 def test_classes_by_name(capsys, trained, tmp_path):
@@ -173,13 +178,13 @@ def test_classes_by_name(capsys, trained, tmp_path):
     assert out.splitlines()[1:] == ["row 1: class 1 (10)", "row 2: class 0 (2)", "row 3: class 1 (10)"]
 
 
-def test_the_newest_checkpoint(capsys, trained, tmp_path):
+def test_the_newest_checkpoint(capsys, trained, data, tmp_path):
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     assert "no checkpoints/STEP.pt yet" in refusal(capsys, "sample", "--ckpt", tmp_path / "new")
     assert sample.load_model(trained)[1]["step"] == 4
     shutil.rmtree(trained / "checkpoints")
     assert "no checkpoints/STEP.pt yet" in refusal(capsys, "sample", "--ckpt", trained)
-    assert "no checkpoints/STEP.pt yet" in refusal(capsys, "train", "--init", trained)
+    assert "no checkpoints/STEP.pt yet" in refusal(capsys, "train", *TINY, "--data", data, "--init", trained)
 
 
 # ---- weights to start from
@@ -210,11 +215,14 @@ def test_own_weights(capsys, checkpoint, data, latents, tmp_path):
     assert state["settings"]["init_content"] == content_id(checkpoint)
     took, state = begun(capsys, data, tmp_path / "ten", checkpoint)
     assert_taken(state, weights, ("y_embedder.",))
-    assert took == f"{len(weights) - 1} tensors; new here: y_embedder; not used of it: y_embedder"
-    took, state = begun(capsys, latents, tmp_path / "two", checkpoint, "--vae-repa-layers", 2)
-    assert "; new here: heads; not used of it: heads" in took
+    table = "y_embedder.embedding_table"
+    assert took == f"{len(weights) - 1} tensors; new here: {table}; not used of it: {table}"
+    for layers in (2, 4, 6):  # a head as a whole or not at all
+        took, state = begun(capsys, latents, tmp_path / f"{layers}", checkpoint, "--vae-repa-layers", layers)
+        assert_taken(state, weights, ("heads.",))
+        assert "; new here: heads.vae_repa; not used of it: heads.vae_repa" in took
     took, state = begun(capsys, latents, tmp_path / "plain", checkpoint, "--vae-repa-depth", 0)
-    assert "; new here: none; not used of it: heads" in took
+    assert "; new here: none; not used of it: heads.vae_repa" in took
 
 
 def test_a_run_that_began_with_weights(capsys, checkpoint, data, tmp_path):
@@ -225,12 +233,18 @@ def test_a_run_that_began_with_weights(capsys, checkpoint, data, tmp_path):
     run = tmp_path / "run"
     said(capsys, "train", *flags, 2, "--init", file, "--run-dir", run)
     file.rename(moved)
-    said(capsys, "train", *flags, 4, "--init", moved, "--run-dir", run)
+    said(capsys, "train", *flags, 3, "--init", moved, "--run-dir", run)
+    moved.rename(other)
+    out = said(capsys, "train", *flags, 4, "--init", moved, "--run-dir", run)  # which is not there any more
+    assert "--init" not in out
+    other.rename(moved)
     fit(capsys, data, tmp_path / "whole", "--lr", 1e-3, "--max-steps", 4, "--init", moved)
     assert_same_run(run, tmp_path / "whole")
-    torch.save({**load(moved), "step": 9}, other)
+    ema = load(moved)["ema"]
+    torch.save({"ema": {name: x * 2 for name, x in ema.items()}, "settings": {}}, other)
     assert "init_content is" in refusal(capsys, "train", *flags, 5, "--init", other, "--run-dir", run)
     assert "init is" in refusal(capsys, "train", *flags, 5, "--run-dir", run)
+    assert "init is" in refusal(capsys, "train", *flags, 5, "--run-dir", run, "--init", "nowhere")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "--init", str(moved)])
         assert train.parse_args().run_dir == "runs/SiT-XL-2_init-b.pt_vae-repa-depth-8"
@@ -259,7 +273,7 @@ def test_weights_of_sit(capsys, data, tmp_path):
         torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.1 and settings["data"]["vae"] == "stabilityai/sd-vae-ft-ema"
     took, state = begun(capsys, data, tmp_path / "run", path)
-    assert took == f"{len(weights)} tensors; new here: heads; not used of it: none"
+    assert took == f"{len(weights)} tensors; new here: heads.vae_repa; not used of it: none"
     assert_taken(state, model.state_dict(), ("heads.",))
 
 
@@ -267,23 +281,30 @@ def test_weights_of_repa(capsys, data, tmp_path):
     weights = lively("SiT-Ti/4", 10).state_dict()
     torch.save({"ema": {**weights, "projectors.0.0.weight": torch.ones(3)}, "opt": {}}, tmp_path / "r.pt")
     took, state = begun(capsys, data, tmp_path / "run", tmp_path / "r.pt")
-    assert took == f"{len(weights)} tensors; new here: heads; not used of it: projectors"
+    assert took == f"{len(weights)} tensors; new here: heads.vae_repa; not used of it: projectors.0"
     assert_taken(state, weights, ("heads.",))
 
 
 def test_weights_that_do_not_fit(capsys, data, tmp_path):
     file, common = tmp_path / "x.pt", (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--init")
-    own = {"ema": lively("SiT-Ti/4", 10).state_dict(), "settings": settings_for()}
-    for content, says in ((None, "No such file"), (b"x", "x.pt"), ({"ema": 5}, "x.pt"), ({}, "x_embedder"),
-                          ({"ema": {}, "settings": {}}, "it has no"),
-                          ({"ema": lively("SiT-Ti/2").state_dict()}, "x_embedder.proj.weight"),
-                          ({**own, "ema": lively("SiT-S/4").state_dict()}, "size mismatch")):
+    ema = lively("SiT-Ti/4", 10).state_dict()
+    own, mlp = {"ema": ema, "settings": settings_for()}, "blocks.3.mlp.fc1.weight"
+    for content, says in (
+            (None, "No such file"), (b"x", "holds no dictionary of tensors"), ({"ema": 5}, "x.pt"),
+            ({}, "it has no x_embedder"), ({"ema": {}, "settings": {}}, "is None, not (128, 4, 4, 4)"),
+            ({"model": ema}, "it has no x_embedder"), ({**own, "ema": {**ema, 7: ema[mlp]}}, "x.pt"),
+            ({"ema": lively("SiT-Ti/2").state_dict()}, "its x_embedder.proj.weight is (128, 4, 2, 2), not"),
+            ({**own, "ema": lively("SiT-S/4").state_dict()}, "(384, 4, 4, 4), not (128, 4, 4, 4)"),
+            ({**own, "ema": {**ema, mlp: ema[mlp] * torch.nan}}, f"its {mlp} is not finite"),
+            ({**own, "ema": {**ema, mlp: ema[mlp].long()}}, f"its {mlp} is not finite"),
+            ({**own, "ema": {**ema, "blocks.6.mlp.fc1.weight": ema[mlp]}}, "another --model?"),
+            ({**own, "ema": {name: x for name, x in ema.items() if name != mlp}}, f"its {mlp} is None, not")):
         if isinstance(content, bytes):
             file.write_bytes(content)
         elif content is not None:
             torch.save(content, file)
         line = refusal(capsys, "train", *common, file)
-        assert f"--init {file} cannot be used: " in line and says in line, line
+        assert (f"--init {file} cannot be used: " in line or content is None) and says in line, line
         assert not (tmp_path / "run").exists()
 
 
@@ -304,11 +325,12 @@ HAND = [
     (lambda f: about(f, scale=None), "latents.json has no scale: of x = (z - shift) * scale"),
     (lambda f: about(f, vae=None), "latents.json has no vae: a diffusers autoencoder, to decode samples"),
     (lambda f: about(f, num_classes=None), "latents.json has no num_classes: labels are from 0 to num_"),
-    (lambda f: about(f, class_names=["a"]), "class_names must be num_classes names"),
-    (lambda f: about(f, class_names=list(range(10))), "class_names must be num_classes names"),
+    *((lambda f, names=names: about(f, class_names=names), "class_names must be a list of num_classes names")
+      for names in (["a"], list(range(10)), "abcdefghij", dict.fromkeys("abcdefghij", 0))),
     (lambda f: about(f, scale=-1), "scale above 0"),
     (lambda f: changed(f, "moments", np.float64), "moments.npy is float64 (12, 8, 8, 8), not float16 or"),
     (lambda f: changed(f, "labels", np.float32), "labels.npy is float32 (12,), not int8 or int16"),
+    (lambda f: changed(f, "moments", np.asfortranarray), "(12, 8, 8, 8) in Fortran's order, not"),
     (lambda f: changed(f, "labels", lambda x: x[:5]), "labels.npy is int64 (5,), not"),
     (lambda f: changed(f, "moments", lambda x: np.concatenate([x[:, :4], np.log(x[:, 4:])], 1)), "below 0"),
     (lambda f: (f / "labels.npy").unlink(), "there is no"),
@@ -366,6 +388,19 @@ def test_moved_to_another_place(capsys, monkeypatch, latents, vae, tmp_path):
     assert "not those that made the latents" in refusal(capsys, "train", *flags, 5, "--sample-every", 1)
 
 
+def test_another_set_of_the_same_name(capsys, monkeypatch, tmp_path):
+    """Of as many images under the same names, in a folder of the same name: no run goes on with it."""
+    here, there = (write_set(tmp_path / name / "set") for name in "ab")
+    changed(there, "moments", lambda x: x + 1)
+    monkeypatch.chdir(tmp_path)
+    flags = (*TINY, "--max-steps")
+    said(capsys, "train", *flags, 2, "--data", here)
+    assert "runs/SiT-Ti-4_data-set_" in said(capsys, "train", *flags, 3, "--data", here)
+    for steps in (3, 4):
+        line = refusal(capsys, "train", *flags, steps, "--data", there)
+        assert "first_1000 is" in line and "give another --run-dir" in line
+
+
 def test_by_hand_and_moved(capsys, vae, tmp_path):
     """Of latents that do not say what their VAE holds, too."""
     folder, run = write_set(tmp_path / "set", vae=str(vae)), tmp_path / "run"
@@ -374,8 +409,38 @@ def test_by_hand_and_moved(capsys, vae, tmp_path):
     shutil.copytree(vae, tmp_path / "vae")
     about(folder, vae=str(tmp_path / "vae"))
     said(capsys, "train", *flags, 2)
+    (tmp_path / "vae").rename(tmp_path / "old")  # nobody needs it now
+    said(capsys, "train", *flags, 3)
+    (tmp_path / "old").rename(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text("{}")
-    assert "vae_content is" in refusal(capsys, "train", *flags, 3)
+    assert "vae_content is" in refusal(capsys, "train", *flags, 4)
+
+
+@pytest.mark.parametrize("line", ["lr looks fine", "", '{"seconds": ', '{"seconds": null}', "[1]"])
+def test_a_log_that_a_user_wrote_into(capsys, data, tmp_path, line):
+    flags = (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps")
+    said(capsys, "train", *flags, 1)
+    state = load(tmp_path / "run" / "state.pt")
+    torch.save({**state, "log": state["log"] + f"{line}\n"}, tmp_path / "run" / "state.pt")
+    said(capsys, "train", *flags, 2)
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_the_last_step_is_logged(capsys, data, tmp_path):
+    fit(capsys, data, tmp_path / "run", "--log-every", 4, "--max-steps", 6)
+    assert [line["step"] for line in log(tmp_path / "run")] == [4, 6]
+
+
+def test_a_job_that_is_killed_has_said_what_it_is(data, tmp_path):
+    """Though a file's lines wait in memory by default."""
+    flags = map(str, (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps", 1000000))
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, ROOT / "train.py", *flags]
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        with subprocess.Popen(command, stdout=out, stderr=err, env=own) as job:
+            wait_until(lambda: (tmp_path / "err").stat().st_size, job)
+            job.kill()
+    assert "from step 0 to 1000000, on 1 x cpu" in (tmp_path / "out").read_text()
 
 
 # ---- on images that nobody here drew, in another process

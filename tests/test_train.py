@@ -2,6 +2,7 @@
 micro-batches, kills and compilers that must be the same run; what it writes; the paper's flags; bad input."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -261,8 +262,9 @@ def test_checkpoints_and_settings(capsys, whole, data):
         assert set(numbered) == {"ema", "step", "settings"} and numbered["step"] == step
     assert same_tensors(numbered["ema"], state["ema"]) and not same_tensors(state["model"], state["ema"])
     settings = state["settings"]
+    moments = np.load(data / "moments.npy")
     facts = {**json.loads((data / "latents.json").read_text()), "vae_content": None, "count": 12,
-             "latent_shape": [4, 8, 8]}
+             "latent_shape": [4, 8, 8], "first_1000": hashlib.sha256(moments).hexdigest()[:16]}
     assert settings == numbered["settings"] and settings["data"] == facts
     assert json.loads((whole / "settings.json").read_text()) == settings
     fit(capsys, data, whole, *SHARED)  # again: nothing to do
