@@ -446,9 +446,13 @@ def test_a_job_that_is_killed_has_said_what_it_is(data, tmp_path):
 # ---- on images that nobody here drew, in another process
 
 
-def test_a_folder_of_images(images, vae, tmp_path):
-    """README's lines for own images, with fewer steps; each as its own process."""
-    flags = ("--image-size", 32, "--vae", vae, "--out", tmp_path / "mine")
+def test_a_folder_of_images(images, tmp_path):
+    """README's lines for own images, with fewer steps, and a VAE of their own; each as its own process."""
+    for folder in (tmp_path / "vae", tmp_path / "vae", images):
+        made = process("tests/data/train_vae", "--images-from", images, "--out", folder, "--steps", 2,
+                       "--batch-size", 4, check=not folder.exists())
+        assert made.returncode == 0 or f"--out {folder} exists" in message(made.stderr)
+    flags = ("--image-size", 64, "--vae", tmp_path / "vae", "--out", tmp_path / "mine")
     process("extract_latents", "--images", images, *flags, "--num-workers", 1)
     train_flags = ("--data", tmp_path / "mine", "--run-dir", tmp_path / "run", *TINY[:4], "--ema-decay", 0.5)
     done = process("train", *train_flags, "--max-steps", 4)
@@ -456,4 +460,4 @@ def test_a_folder_of_images(images, vae, tmp_path):
     few = ("--num-steps", 2, "--classes", "class1", "--per-class", 2)
     grid = process("sample", "--ckpt", tmp_path / "run", *few)
     with Image.open(grid.stdout.splitlines()[0]) as picture:
-        assert picture.size == (64, 32)
+        assert picture.size == (128, 64)

@@ -26,7 +26,8 @@ import extract_latents
 DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "tests/PAPERS.md", "tests/CLUSTER.md")}
 README = DOCS["README.md"]
 SCRIPTS = ("train", "sample", "fid", "extract_latents", "demo", "benchmark", "figures", "repa_e",
-           "convert_vae", "export_encoder")
+           "convert_vae", "export_encoder", "train_vae")
+sys.path.append(str(ROOT / "tests" / "data"))
 
 
 def text_of(doc):

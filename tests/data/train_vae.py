@@ -15,7 +15,6 @@ a KL far stronger than Stable Diffusion's 1e-6, which keeps the latents near a u
 the decoder calm under small errors in them, as a small latent diffusion model will make. About a
 quarter of an hour on two cores; the weights in tests/data/vae reach 31.3 dB on the held-out images.
 """
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from draw_images import CLASSES, draw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from extract_latents import list_images, load_image  # noqa: E402  (found only now)
+from extract_latents import Parser, fail, list_images, load_image, run  # noqa: E402  (found only now)
 
 HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64
@@ -97,8 +96,8 @@ def measure(vae, images):
             torch.cat(l1).mean().item(), psnr.mean().item())
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train the small VAE in tests/data/vae.")
+def parse_args():
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config and weights")
     parser.add_argument("--steps", type=int, default=4500, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")
@@ -110,8 +109,14 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     if min(args.steps, args.batch_size, args.images, args.threads) < 1:
-        print("--steps, --batch-size, --images and --threads must be at least 1.", file=sys.stderr)
-        sys.exit(2)
+        fail("--steps, --batch-size, --images and --threads must be at least 1")
+    if args.out.exists():
+        fail(f"--out {args.out} exists; give another folder, or remove it")
+    return args
+
+
+def main():
+    args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -151,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
