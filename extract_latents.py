@@ -319,9 +319,9 @@ class Latents:
             for name, array in self.arrays.items():
                 dtypes, shape = forms.get(name, ([array.dtype.name], (count, *array.shape[1:])))
                 if array.dtype.name not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-                    order = "" if array.flags.c_contiguous else " in Fortran's order"
-                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape}{order}, not "
-                                     f"{' or '.join(dtypes)} {shape} in C's")
+                    order = "C" if array.flags.c_contiguous else "Fortran"
+                    raise ValueError(f"{name}.npy is {array.dtype} {array.shape} in {order} order, not "
+                                     f"{' or '.join(dtypes)} {shape} in C order")
                 torch.from_numpy(np.empty(0, array.dtype))  # TypeError for what torch does not have
             self.labels = self.arrays.pop("labels").astype(np.int64)
             if not isinstance(n, int) or not 0 <= self.labels.min() <= self.labels.max() < n:

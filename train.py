@@ -320,6 +320,7 @@ def resume(args, settings, parts):
         state = load_tensors(path)
         check_same_settings(path, settings, {**defaults, **state["settings"]})
         for there, here in ((state["settings"], given), (state["settings"]["data"], given["data"])):
+            # of files that are no longer there
             here |= {key: x for key, x in there.items() if key.endswith("_content") and not here.get(key)}
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -328,10 +328,10 @@ HAND = [
     *((lambda f, names=names: about(f, class_names=names), "class_names must be a list of num_classes names")
       for names in (["a"], list(range(10)), "abcdefghij", dict.fromkeys("abcdefghij", 0))),
     (lambda f: about(f, scale=-1), "scale above 0"),
-    (lambda f: changed(f, "moments", np.float64), "moments.npy is float64 (12, 8, 8, 8), not float16 or"),
-    (lambda f: changed(f, "labels", np.float32), "labels.npy is float32 (12,), not int8 or int16"),
-    (lambda f: changed(f, "moments", np.asfortranarray), "(12, 8, 8, 8) in Fortran's order, not"),
-    (lambda f: changed(f, "labels", lambda x: x[:5]), "labels.npy is int64 (5,), not"),
+    (lambda f: changed(f, "moments", np.float64), "moments.npy is float64 (12, 8, 8, 8) in C order, not fl"),
+    (lambda f: changed(f, "labels", np.float32), "labels.npy is float32 (12,) in C order, not int8 or int"),
+    (lambda f: changed(f, "moments", np.asfortranarray), "(12, 8, 8, 8) in Fortran order, not"),
+    (lambda f: changed(f, "labels", lambda x: x[:5]), "labels.npy is int64 (5,) in C order, not"),
     (lambda f: changed(f, "moments", lambda x: np.concatenate([x[:, :4], np.log(x[:, 4:])], 1)), "below 0"),
     (lambda f: (f / "labels.npy").unlink(), "there is no"),
     (lambda f: (f / "moments.npy").unlink(), "moments.npy")]
