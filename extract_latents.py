@@ -284,7 +284,7 @@ class Latents:
 
     extras: names of further arrays NAME.npy, with a row for each image, such as "images", for `read` to add.
     facts: what training and sampling need, and a resumed run must find unchanged: these keys, latent_shape
-    [C, H, W], count, a hash of the first moments, class_names if there are, and, with "images", image_size.
+    [C, H, W], count, a hash of labels and first moments, and if there are class_names and image_size.
     """
 
     KEYS = {"vae": "a diffusers autoencoder, to decode samples", "shift": "of x = (z - shift) * scale",
@@ -333,7 +333,7 @@ class Latents:
                 if not isinstance(names, list) or [type(name) for name in names] != n * [str]:
                     raise ValueError("class_names must be a list of num_classes names")
             first = np.array(self.arrays["moments"][:1000])  # all may be 21 GB
-            self.facts["first_1000"] = hashlib.sha256(first).hexdigest()[:16]
+            self.facts["latents_sha256"] = hashlib.sha256(first.tobytes() + self.labels.tobytes()).hexdigest()
             if (first[:, channels // 2 :] < 0).any():
                 raise ValueError("moments.npy has standard deviations below 0: log-variances, other axes?")
             self.shift, self.scale = per_channel(about["shift"], about["scale"], channels // 2)
@@ -388,7 +388,8 @@ def parse_args():
     add = parser.add_argument
     add("--images", required=True, help="folder that holds one folder of images per class")
     add("--out", default="data/latents", help="folder to make")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="diffusers autoencoder: hub name or local folder")
+    add("--vae", default="stabilityai/sd-vae-ft-mse",
+        help="autoencoder of diffusers: a folder, or owner/name[/subfolder] on the hub")
     add("--image-size", type=positive_int, default=256, help="side of the centre crop in pixels")
     add("--store-images", action="store_true", help="store the cropped images, for REPA")
     add("--reconstruct", action="store_true", help="store what the VAE makes of them, for rFID")
@@ -509,7 +510,8 @@ def run(main):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        known = action.default is None or "(default" in action.help
+        return action.help if known else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -561,10 +563,10 @@ def fraction(text):
 
 def named_by_flags(name, args, parser, skip):
     """A file's name: the given one, then each flag that is not at its default; of a path the last part."""
-    words = [f"{key}-{Path(value).name if isinstance(value, str) else value}"
-             for key, value in vars(args).items() if key not in skip and value != parser.get_default(key)]
-    words = [re.sub(r"\.0(?!\d)", "", word) for word in words]  # 4.0 is 4
-    name = "_".join([name, *(re.sub(r"[^\w.]+|_", "-", word).strip("-") for word in words)])
+    for key, value in vars(args).items():
+        if key not in skip and value != parser.get_default(key):
+            value = Path(value).name if isinstance(value, str) else re.sub(r"\.0\b", "", str(value))
+            name += "_" + re.sub(r"[^\w.]+|_", "-", f"{key}-{value}").strip("-")
     whole = os.fsencode(name)  # file systems take 255 bytes
     short = f"{whole[:150].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
     return name if len(whole) < 160 else short
@@ -764,7 +766,7 @@ def lock(path, output):
             fail(f"another process is writing {output} now; wait for it, or give another output")
 
 
-def check_same_settings(record, settings, there=None):
+def check_same_settings(record, settings, there=None, cure="give another output"):
     """Fail, naming each setting that differs, if `record`, a JSON file of an output, has others (or `there`).
 
     What `there` does not know is not compared, nor are the paths of equal contents.
@@ -775,16 +777,18 @@ def check_same_settings(record, settings, there=None):
         if missing := not there and settings.keys() - known.keys():
             raise ValueError(f"it has no {min(missing)}")
     except Exception as error:
-        fail(f"{record} does not say how its output was made ({first_line(error)}); give another output")
+        fail(f"{record} does not say how its output was made ({first_line(error)}); {cure}")
     known, settings = json.loads(json.dumps([known, settings]))  # tuples are lists there
-    contents = {key: (value, known.get(key)) for key, value in settings.items() if key.endswith("_content")}
-    same = {key.removesuffix("_content") for key, (here, there) in contents.items() if here and here == there}
-    same |= {key for key, pair in contents.items() if None in pair}  # a file is not there: its path counts
+    skip = set()
+    for key in (key for key in settings if key.endswith("_content")):
+        if None in (settings[key], known.get(key)):
+            skip.add(key)  # a file is not there: its path counts
+        elif settings[key] == known[key]:
+            skip.add(key.removesuffix("_content"))  # the same file: its path does not
     differ = [f"{key} is {known[key]!r} there and {value!r} here" for key, value in settings.items()
-              if key in known and known[key] != value and key not in same]
+              if key in known and known[key] != value and key not in skip]
     if differ:
-        another = "--run-dir" if there else "output"
-        fail(f"{record} has other settings: {'; '.join(differ)} (give another {another})")
+        fail(f"{record} has other settings: {'; '.join(differ)} ({cure})")
 
 
 def remove_marks(out):

@@ -303,7 +303,7 @@ def parse_args():
     add = parser.add_argument_group("computing").add_argument
     add("--batch-size", type=positive_int, default=64, help="images per forward on one device")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="of the products; on a GPU it is bf16")
+        help="of matrix products (default: bf16 on a GPU, else fp32)")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda,
         help="torch.compile, with --num-samples; on a GPU it is on")
     args = parser.parse_args()

@@ -305,21 +305,22 @@ def save_checkpoints(run_dir, step, numbered, settings, parts):
 def resume(args, settings, parts):
     """Load what `save_checkpoints` wrote with these settings, if it did: (its step, or 0; its log, or "")."""
     run_dir, parser = Path(args.run_dir), make_parser()
-    path, record = run_dir / "state.pt", run_dir / "settings.json"
-    given, settings = settings, {**settings, **settings["data"]}
-    settings = {key: x for key, x in settings.items() if key not in (*FREE, "data")}
+    path, record, log_path = (run_dir / name for name in ("state.pt", "settings.json", "log.jsonl"))
+    compared = {key: x for key, x in {**settings, **settings["data"]}.items() if key not in (*FREE, "data")}
     defaults = {key: parser.get_default(key) for key in vars(args)}  # of flags that are newer than the run
+    cure = "give another --run-dir"
     if not path.exists():
-        if record.exists():
-            check_same_settings(record, settings)
         others = [name for name in ("log.jsonl", "checkpoints", "samples") if (run_dir / name).exists()]
+        learned = others != ["log.jsonl"] or log_path.stat().st_size  # else settings may still change
+        if record.exists() and learned:
+            check_same_settings(record, compared, cure=cure)
         if others and not record.exists() or len([*run_dir.glob("checkpoints/*.pt")]) > 1:
-            fail(f"{run_dir} has {others[0]}, but no state.pt to go on from; give another --run-dir")
+            fail(f"{run_dir} has {others[0]}, but no state.pt to go on from; {cure}")
         return 0, ""
     try:
         state = load_tensors(path)
-        check_same_settings(path, settings, {**defaults, **state["settings"]})
-        for there, here in ((state["settings"], given), (state["settings"]["data"], given["data"])):
+        check_same_settings(path, compared, {**defaults, **state["settings"]}, cure)
+        for there, here in ((state["settings"], settings), (state["settings"]["data"], settings["data"])):
             # of files that are no longer there
             here |= {key: x for key, x in there.items() if key.endswith("_content") and not here.get(key)}
         for name, part in parts.items():
@@ -328,7 +329,7 @@ def resume(args, settings, parts):
             raise ValueError(f"its step is {step}")
         return step, state["log"]
     except Exception as error:  # files can be wrong in many ways
-        fail(f"{path} cannot be resumed from: {first_line(error)} (give another --run-dir)")
+        fail(f"{path} cannot be resumed from: {first_line(error)} ({cure})")
 
 
 def start_wandb(args, settings):
@@ -366,13 +367,14 @@ def make_parser():
     add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SiT_models, default="SiT-XL/2", metavar="SIZE", help="SiT-{XL,L,B,S,Ti}/{1,2,4,8}")
     add("--data", default="data/latents", help="folder that extract_latents.py wrote")
-    add("--init", metavar="FILE", help="start from the EMA weights of a checkpoint, ours or published")
+    add("--init", metavar="FILE", help="start from the EMA weights of this checkpoint, or of a run's newest")
     add = parser.add_argument_group("VAE-REPA").add_argument
     add("--vae-repa-depth", type=nonnegative_int, help="block to align (default: 8; B, S, Ti: 2); 0 is off")
     add("--vae-repa-weight", type=nonnegative_float, default=1.0, help="lambda of Eq. 8")
-    add("--vae-repa-loss", choices=["smooth_l1", "l1", "l2", "cosine"], default="smooth_l1", help="Table 1")
+    add("--vae-repa-loss", choices=["smooth_l1", "l1", "l2", "cosine"], default="smooth_l1",
+        help="distance from the clean latent")
     add("--vae-repa-beta", type=nonnegative_float, default=0.05, help="beta of smooth_l1, Eq. 7")
-    add("--vae-repa-layers", type=positive_int, default=5, help="of the head, at least 2")
+    add("--vae-repa-layers", type=positive_int, default=5, help="linear layers of the head, at least 2")
     add("--vae-repa-interval", type=fraction, nargs=2, default=[0, 1], metavar=("LO", "HI"),
         help="align where LO <= t <= HI")
     add = parser.add_argument_group("REPA").add_argument
@@ -395,7 +397,7 @@ def make_parser():
     add("--label-dropout", type=fraction, default=0.1, help="fraction of labels made the null class")
     add("--seed", type=nonnegative_int, default=0, help="of weights, data order and noise")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="of the products; on a GPU it is bf16")
+        help="of matrix products (default: bf16 on a GPU, else fp32)")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda,
         help="torch.compile the layers; on a GPU it is on")
     add = parser.add_argument_group("output").add_argument
@@ -407,7 +409,7 @@ def make_parser():
     add("--wandb", metavar="PROJECT", help="log there too, to Weights & Biases")
     add = parser.add_argument_group("REPA-E").add_argument
     add("--tune-vae", action="store_true", help="train the VAE, too; needs REPA")
-    add("--vae-from-scratch", action="store_true", help="from random weights")
+    add("--vae-from-scratch", action="store_true", help="with --tune-vae: from random weights")
     for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "tune-repa": 1.5}.items():
         add(f"--{term}-weight", type=nonnegative_float, default=weight, help="of this term of the VAE's loss")
     add("--lpips-weights", nargs=2, metavar=("VGG", "LIN"), default=["vgg16-397923af.pth", "vgg.pth"],
@@ -442,7 +444,7 @@ def parse_args():
     return args
 
 
-# what a resume may change, as it changes nothing that is learned
+# what a resume may change
 FREE = ("run_dir", "micro_batch", "max_steps", "compile", "log_every", "ckpt_every", "state_every",
         "sample_every", "lpips_weights", "wandb", "class_names")
 
@@ -511,14 +513,18 @@ def build(args, facts):
     encoder, tuned, settings = None, torch.nn.ModuleDict(), {**vars(args), "data": facts}
     init = args.init and newest(args.init)
     try:
-        for flag, file in {**vars(args), "init": init}.items():
-            if flag in ("init", "repa_encoder", "disc_init") and file and os.path.exists(file):
+        files = {"init": init, "repa_encoder": args.repa_encoder, "disc_init": args.disc_init}
+        for flag, file in files.items():
+            if file and os.path.exists(file):
                 settings[f"{flag}_content"] = content_id(intact(file))  # if moved, it must be the same
         if args.repa_depth:
             encoder = load_encoder(args.repa_encoder, facts["image_size"])
             settings["repa_dim"] = encoder.dim
         torch.manual_seed(args.seed)
         model = build_model(settings)
+        for head in ("vae_repa", "repa", "sra"):
+            if settings[f"{head}_depth"] and head not in model.heads:
+                raise ValueError(f"{args.model} has no head for {head}: set its depth to 0")
         if init and not Path(args.run_dir, "state.pt").exists():
             start_from(model, init)
         side = model.input_size // model.patch_size
@@ -584,7 +590,9 @@ def main():
     rank, world_size, device = init_distributed()
     agree({**settings, "run_dir": f"{run_dir}, at step {start}"})
     if start >= args.max_steps:
-        return first and print(f"{run_dir}: nothing left to do at step {start}; a larger --max-steps goes on")
+        if first:
+            print(f"{run_dir}: nothing left to do at step {start}; a larger --max-steps goes on")
+        return
     wandb = start_wandb(args, settings) if args.wandb and rank == 0 else None
     for module in filter(None, (raw_model, ema, tuned, encoder, vae)):
         module.to(device)

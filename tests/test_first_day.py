@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -391,14 +392,14 @@ def test_moved_to_another_place(capsys, monkeypatch, latents, vae, tmp_path):
 def test_another_set_of_the_same_name(capsys, monkeypatch, tmp_path):
     """Of as many images under the same names, in a folder of the same name: no run goes on with it."""
     here, there = (write_set(tmp_path / name / "set") for name in "ab")
-    changed(there, "moments", lambda x: x + 1)
+    changed(there, "labels", lambda x: x[::-1])
     monkeypatch.chdir(tmp_path)
     flags = (*TINY, "--max-steps")
     said(capsys, "train", *flags, 2, "--data", here)
     assert "runs/SiT-Ti-4_data-set_" in said(capsys, "train", *flags, 3, "--data", here)
     for steps in (3, 4):
         line = refusal(capsys, "train", *flags, steps, "--data", there)
-        assert "first_1000 is" in line and "give another --run-dir" in line
+        assert "latents_sha256 is" in line and "give another --run-dir" in line
 
 
 def test_by_hand_and_moved(capsys, vae, tmp_path):
@@ -417,6 +418,27 @@ def test_by_hand_and_moved(capsys, vae, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["lr looks fine", "", '{"seconds": ', '{"seconds": null}', "[1]"])
+def test_a_folder_in_which_nothing_was_learned(capsys, monkeypatch, data, tmp_path):
+    """As after too large a batch: other settings may take it; not once a step was logged."""
+    flags = (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+        refusal(capsys, "train", *flags)
+    said(capsys, "train", *flags, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", Mock(side_effect=OSError))
+        refusal(capsys, "train", *flags, "--run-dir", tmp_path / "b")
+    assert "lr is" in refusal(capsys, "train", *flags, "--run-dir", tmp_path / "b", "--lr", 1)
+    assert "give another --run-dir" in refusal(capsys, "train", *flags, "--lr", 1)
+
+
+def test_a_transformer_without_a_head(capsys, monkeypatch, data, tmp_path):
+    """It would be trained as plain SiT under another name."""
+    monkeypatch.setattr(models.SiT, "add_head", lambda *args: None)
+    flags = ("--data", data, "--run-dir", tmp_path / "run", "--max-steps", 1)
+    assert "SiT-Ti/4 has no head for vae_repa" in refusal(capsys, "train", *TINY, *flags)
+
+
 def test_a_log_that_a_user_wrote_into(capsys, data, tmp_path, line):
     flags = (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps")
     said(capsys, "train", *flags, 1)
