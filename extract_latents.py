@@ -332,7 +332,7 @@ class Latents:
                 self.facts["class_names"] = names
                 if not isinstance(names, list) or [type(name) for name in names] != n * [str]:
                     raise ValueError("class_names must be a list of num_classes names")
-            first = np.array(self.arrays["moments"][:1000])  # all may be 21 GB
+            first = np.array(self.arrays["moments"][:100])  # all may be 21 GB
             self.facts["latents_sha256"] = hashlib.sha256(first.tobytes() + self.labels.tobytes()).hexdigest()
             if (first[:, channels // 2 :] < 0).any():
                 raise ValueError("moments.npy has standard deviations below 0: log-variances, other axes?")
@@ -752,7 +752,7 @@ def load_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # which REPA's and SRA's hold
             return {**torch.load(path, "cpu", weights_only=True, mmap=mapped)}
     except Exception as error:  # of many kinds; torch's own advice would be to run the code in the file
-        raise ValueError(f"{path} holds no dictionary of tensors") from error
+        raise ValueError(f"{path} holds more than tensors, or is no file of torch.save") from error
 
 
 def lock(path, output):

@@ -12,7 +12,6 @@ weights. config.json gets the mean and standard deviation of the latents by chan
 """
 
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -155,8 +154,6 @@ def main():
         vae = build(weights)
     except KeyError as error:
         fail(f"{args.checkpoint} cannot be converted: it has no {error.args[0]}")
-    except pickle.UnpicklingError:
-        fail(f"{args.checkpoint} cannot be converted: it holds more than tensors, or is no .pt file")
     except Exception as error:  # of many kinds
         fail(f"{args.checkpoint} cannot be converted: {first_line(error)}")
     source = args.stats or args.images or args.checkpoint

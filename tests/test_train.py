@@ -318,7 +318,7 @@ def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
     assert began[2]["config"] == state["settings"]
     size = (3 * 32, 4 * 32, 3)  # of a grid
     assert [call for call in calls if call not in began] == [
-        (4, lines[1]), (4, {"samples": size}), (6, lines[2]), (6, {"samples": size})]
+        (4, lines[1]), (4, {"samples": size}), (5, lines[2]), (6, lines[3]), (6, {"samples": size})]
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad", "ignore:Skip")  # the compiler
