@@ -459,14 +459,14 @@ def start_from(model, path):
     """
     try:
         own, weights = model.state_dict(), ema_weights(load_tensors(path))
-        names = {name: ".".join(name.split(".")[:2]) for name in {**own, **weights}}  # such as heads.vae_repa
+        part_of = {name: ".".join(name.split(".")[:2]) for name in {**own, **weights}}  # as heads.repa
         here, there = ({name: tuple(x.shape) for name, x in each.items()} for each in (own, weights))
-        differ = [name for name in names if here.get(name) != there.get(name)]
+        differ = [name for name in part_of if here.get(name) != there.get(name)]
         for name in differ:
             if not name.startswith((*TRAINING_ONLY, "y_embedder.", "pos_embed")):
                 raise ValueError(f"its {name} is {there.get(name)}, not {here.get(name)}: another --model?")
-        new = {names[name] for name in differ}
-        taken = {name: x for name, x in weights.items() if names[name] not in new}
+        new = {part_of[name] for name in differ}
+        taken = {name: x for name, x in weights.items() if part_of[name] not in new}
         for name in taken.keys() & dict(model.named_parameters()):
             if not taken[name].is_floating_point() or not taken[name].isfinite().all():
                 raise ValueError(f"its {name} is not finite")
@@ -474,7 +474,7 @@ def start_from(model, path):
     except Exception as error:  # of many kinds
         raise ValueError(f"--init {path} cannot be used: {first_line(error)}") from error
     if os.environ.get("RANK", "0") == "0":
-        new, unused = (", ".join(sorted(new & {names[name] for name in each})) or "none"
+        new, unused = (", ".join(sorted(new & {part_of[name] for name in each})) or "none"
                        for each in (own, weights))
         print(f"--init {path}: {len(taken)} tensors; new here: {new}; not used of it: {unused}")
 
