@@ -287,7 +287,8 @@ def test_weights_of_repa(capsys, data, tmp_path):
 
 
 def test_weights_that_do_not_fit(capsys, data, tmp_path):
-    file, common = tmp_path / "x.pt", (*TINY, "--data", data, "--run-dir", tmp_path / "run", "--max-steps", 1, "--init")
+    file, run = tmp_path / "x.pt", ("--run-dir", tmp_path / "run", "--max-steps", 1)
+    common = (*TINY, "--data", data, *run, "--init")
     ema = lively("SiT-Ti/4", 10).state_dict()
     own, mlp = {"ema": ema, "settings": settings_for()}, "blocks.3.mlp.fc1.weight"
     for content, says in (
