@@ -306,11 +306,12 @@ class Latents:
             self.arrays = {name: np.load(regular(folder / f"{name}.npy"), mmap_mode="r")
                            for name in ("labels", "moments", *extras)}
             (count, channels, side, _), n = self.arrays["moments"].shape, about["num_classes"]
-            content = about.get("vae_content", content_id(str(about["vae"])))
-            self.facts = {**{key: about[key] for key in self.KEYS}, "vae_content": content,
-                          "files_sha256": about.get("files_sha256"), "count": count,
+            if "vae_content" not in about:  # made by hand; else it was read in extraction, and is large
+                about["vae_content"] = content_id(str(about["vae"]))
+            keys = (*self.KEYS, "vae_content", "files_sha256")
+            self.facts = {**{key: about.get(key) for key in keys}, "count": count,
                           "latent_shape": [channels // 2, side, side]}
-            integers = [np.dtype(code).name for code in "bhilBHI"]
+            integers = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
             forms = {"moments": (["float16", "float32"], (count, channels // 2 * 2, side, side)),
                      "labels": (integers, (count,))}
             if "images" in extras:
@@ -561,6 +562,11 @@ def fraction(text):
     return float(text)
 
 
+def first_process():
+    """Whether this is the one of torchrun's that speaks and writes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def named_by_flags(name, args, parser, skip):
     """A file's name: the given one, then each flag that is not at its default; of a path the last part."""
     for key, value in vars(args).items():
@@ -590,7 +596,7 @@ class Progress(tqdm):
     def __init__(self, items, what, **options):
         if not sys.stderr.isatty():
             options |= {"mininterval": 60, "miniters": 1}
-        super().__init__(items, what, disable=os.environ.get("RANK", "0") != "0", **options)
+        super().__init__(items, what, disable=not first_process(), **options)
 
     @staticmethod
     def status_printer(file):

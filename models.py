@@ -62,9 +62,12 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
+    @staticmethod
+    def frequencies(device=None):
+        return torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=device))
+
     def forward(self, t):
-        omega = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
-        angles = t[:, None].float() * omega
+        angles = t[:, None].float() * self.frequencies(t.device)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # bf16 is too rough for t
             return self.mlp(waves)

@@ -41,7 +41,7 @@ from extract_latents import (
     run,
     write_json,
 )
-from models import SIZES, build_model
+from models import SIZES, TimestepEmbedder, build_model
 
 # ---- Samplers
 
@@ -186,7 +186,7 @@ def ema_weights(checkpoint):
         # SiT's: half of its output is not used, and t = 1 is data there, so that the other is -v at 1 - t
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             weights[name] = -weights[name].unflatten(0, (-1, 2, channels))[:, 0].flatten(0, 1)
-        omega = torch.exp(-math.log(10000) / 128 * torch.arange(128))
+        omega = TimestepEmbedder.frequencies()
         cos, sin = weights["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # times those of omega (1 - t)
         weights["t_embedder.mlp.0.weight"] = torch.cat(
             [cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()], dim=1)

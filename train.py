@@ -36,6 +36,7 @@ from extract_latents import (
     content_id,
     fail,
     first_line,
+    first_process,
     fraction,
     init_distributed,
     intact,
@@ -473,7 +474,7 @@ def start_from(model, path):
         model.load_state_dict(taken, strict=False)
     except Exception as error:  # of many kinds
         raise ValueError(f"--init {path} cannot be used: {first_line(error)}") from error
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         new, unused = (", ".join(sorted(new & {part_of[name] for name in each})) or "none"
                        for each in (own, weights))
         print(f"--init {path}: {len(taken)} tensors; new here: {new}; not used of it: {unused}")
@@ -550,9 +551,9 @@ def compile_layers(model, ema, args):
         layer.compile(dynamic=False)
 
 
-def describe(model, args, settings, start, devices):
+def describe(model, args, facts, start, devices):
     """Print what the run is."""
-    facts, tokens = settings["data"], (model.input_size // model.patch_size) ** 2
+    tokens = (model.input_size // model.patch_size) ** 2
     every, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.heads))
     print(f"{args.run_dir}: from step {start} to {args.max_steps}, on {devices}")
     print(f"  {every - heads:.1f} M parameters, heads {heads:.1f} M: {', '.join(model.heads) or 'none'}")
@@ -569,7 +570,7 @@ def main():
     args = parse_args()
     extras = ["images"] if args.repa_depth else []
     latents = Latents(args.data, extras)
-    facts, first = latents.facts, int(os.environ.get("RANK", 0)) == 0
+    facts, first = latents.facts, first_process()
     run_dir, log_path = Path(args.run_dir), Path(args.run_dir, "log.jsonl")
     raw_model, ema, encoder, tuned, settings = build(args, facts)
     trained = [*raw_model.parameters(), *tuned.parameters()]
@@ -605,7 +606,7 @@ def main():
         model.broadcast_buffers = False  # they stay equal; as an argument, newer torch warns of it
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        describe(raw_model, args, settings, start, f"{world_size} x {name}")
+        describe(raw_model, args, facts, start, f"{world_size} x {name}")
 
     # the loop
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

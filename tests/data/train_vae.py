@@ -2,7 +2,7 @@
 there is no network: 3x64x64 pixels to 4x8x8 latents.
 
     python tests/data/train_vae.py --out tests/data/vae
-    python tests/data/train_vae.py --out data/my-vae --images-from my-images --steps 3000
+    python tests/data/train_vae.py --out data/my-vae --images-from my-images --steps 2000
 
 It trains on drawn images of seed 1 and reports on those of seed 0, which the demo draws; of your
 own images every tenth is left out to report on. It is a diffusers AutoencoderKL without attention, so
@@ -26,7 +26,7 @@ from draw_images import CLASSES, draw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from extract_latents import Parser, fail, list_images, load_image, run  # noqa: E402  (found only now)
+from extract_latents import Parser, fail, list_images, load_batch, run  # noqa: E402  (found only now)
 
 HELD_OUT_SEED, TRAIN_SEED = 0, 1  # 0 is the default of draw_images.py
 SIZE = 64
@@ -43,8 +43,10 @@ def draw_set(seed, count):
 
 def read_set(root):
     """(images to train on, every tenth left out) of a folder of class folders, as `draw_set`."""
-    files = tqdm(list_images(root)[1], desc=f"reading {root}", unit="image")
-    images = torch.from_numpy(np.stack([load_image(file, SIZE) for file in files])).permute(0, 3, 1, 2)
+    images, errors = load_batch(tqdm(list_images(root)[1], desc=f"reading {root}", unit="image"), SIZE)
+    if errors:
+        fail(f"{len(errors)} file(s) are no images: {'; '.join(errors[:10])} (move them away)")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     left_out = torch.arange(len(images)) % 10 == 0
     return images[~left_out], images[left_out]
 
