@@ -171,7 +171,9 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
         status, expected, _ = cli(capsys, script, *flags)
         said, expected = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, expected))
         assert status == 0 and said == expected
-        shown = re.split("[\r\n]+", err + more_err)
+        # an agent that ends after the one with the store cannot tell it so, which torch reports at length
+        late = r"\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
+        shown = re.split("[\r\n]+", re.sub(late, "", err, flags=re.S) + re.sub(late, "", more_err, flags=re.S))
         assert [line for line in shown if line.strip() and "%|" not in line] == []
     logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
     for a, b in zip(*logs, strict=True):
