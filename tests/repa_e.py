@@ -30,19 +30,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.nn.functional import all_reduce
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from demo import SIZE, Encoder  # noqa: E402
 from export_encoder import export  # noqa: E402
 from figures import call, print_table, total_variation, variance  # noqa: E402
-from train_detector import SIZE, Detector  # noqa: E402
 
 import models  # noqa: E402
 import train  # noqa: E402  (these are found only now)
 from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
-from models import load_program  # noqa: E402
 from sample import save_grid  # noqa: E402
 
 TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
@@ -108,21 +106,6 @@ def train_variant(args):
     if args.tune_vae == "no-batch-norm":  # Table 7: the statistics stay those of the VAE as it was
         models.LatentNorm.update = models.LatentNorm.forward
     train.main()
-
-
-class Encoder(torch.nn.Module):
-    """The classifier's last map as tokens: uint8 images (B, 3, 64, 64) -> (B, 16, 96)."""
-
-    def __init__(self):
-        super().__init__()
-        self.detector = Detector()
-        self.detector.load_state_dict(load_program(ROOT / "tests/data/detector.pt2", "cpu").state_dict())
-
-    def forward(self, images):
-        x = images.float() / 127.5 - 1
-        for conv, norm in zip(self.detector.convs, self.detector.norms):
-            x = F.silu(norm(conv(x)))
-        return x.flatten(2).transpose(1, 2)
 
 
 def measure(folder, data, args):

@@ -12,12 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import numpy as np
 import pytest
 import repa_e
 import torch.distributed.run
-from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows, process
+from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows
 from PIL import Image
 from test_fid import METRICS
 
@@ -172,8 +171,8 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
         said, expected = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, expected))
         assert status == 0 and said == expected
         # an agent that ends after the one with the store cannot tell it so, which torch reports at length
-        late = r"\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
-        shown = re.split("[\r\n]+", re.sub(late, "", err, flags=re.S) + re.sub(late, "", more_err, flags=re.S))
+        late = r"(?s)\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
+        shown = re.split("[\r\n]+", re.sub(late, "", err) + re.sub(late, "", more_err))
         assert [line for line in shown if line.strip() and "%|" not in line] == []
     logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
     for a, b in zip(*logs, strict=True):
@@ -197,19 +196,6 @@ def test_from_python(checkpoint, one_thread):
     assert np.abs(images.astype(int) - drawn).max() <= 1 and images.std() > 5
 
 
-def test_the_demos_table():
-    """Means and standard deviations over the seeds, and how often VAE-REPA was better, in Markdown."""
-    plain = [{**dict.fromkeys(demo.METRICS, 0.5), "FID": fid, "IS": 3} for fid in (4, 5, 6)]
-    aligned = [{**dict.fromkeys(demo.METRICS, 0.5), "FID": fid, "IS": 4} for fid in (3, 5.5, 3.5)]
-    rows = [line.strip("| ").split(" | ") for line in demo.table("SiT-S/2", plain, aligned).splitlines()]
-    assert rows[2][:3] == ["SiT-S/2", "0.5000 ± 0.0000", "5.00 ± 1.00"]
-    assert rows[3][:3] == ["SiT-S/2 + VAE-REPA", "0.5000 ± 0.0000", "4.00 ± 1.32"]
-    assert rows[4][2:5:2] == ["-1.00 ± 1.50", "1.00 ± 0.00"]
-    assert rows[5][1:5] == ["0 of 3", "2 of 3", "0 of 3", "3 of 3"]
-    once = demo.table("SiT-S/2", plain[:1], aligned[:1]).splitlines()
-    assert len(once) == 5 and once[4].startswith("| difference | 0.0000 | -1.00 | 0.000 | 1.00 |")
-
-
 @pytest.fixture
 def repo(tmp_path):
     """A copy of the scripts."""
@@ -218,18 +204,6 @@ def repo(tmp_path):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     return folder
-
-
-@pytest.mark.slow
-def test_the_demo(repo):
-    """It ends with the table and its pictures; another --steps is another run."""
-    shutil.copytree(ROOT / "tests", repo / "tests")
-    for steps in (4, 3):
-        said = process(repo / "tests" / "demo", "--images", 100, "--steps", steps).stdout
-        rows = [line for line in said.splitlines() if line.startswith("| ")]
-        assert [row.count(" | ") for row in rows] == [6] * 4 and "nan" not in said
-    grids = [Image.open(grid) for grid in repo.glob("runs/demo/100-images/*/grid.png")]
-    assert [grid.size for grid in grids] == [(8 * 64, 10 * 64)] * 4
 
 
 def apply(repo, patch):
