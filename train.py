@@ -411,8 +411,10 @@ def make_parser():
     add = parser.add_argument_group("REPA-E").add_argument
     add("--tune-vae", action="store_true", help="train the VAE, too; needs REPA")
     add("--vae-from-scratch", action="store_true", help="with --tune-vae: from random weights")
-    for term, weight in {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "tune-repa": 1.5}.items():
+    for term, weight in {"l1": 1.0, "lpips": 1.0, "gan": 0.1, "tune-repa": 1.5}.items():
         add(f"--{term}-weight", type=nonnegative_float, default=weight, help="of this term of the VAE's loss")
+    add("--kl-weight", type=nonnegative_float, default=1e-6,
+        help="of its KL, a sum over the latent: at S pixels, 1e-6 (256 / S)^2 weighs as much")
     add("--lpips-weights", nargs=2, metavar=("VGG", "LIN"), default=["vgg16-397923af.pth", "vgg.pth"],
         help="torchvision's VGG16, and weights/v0.1/vgg.pth of the lpips project")
     add("--disc-init", metavar="FILE", help="weights of the discriminator (default: random)")

@@ -39,9 +39,9 @@ import train  # noqa: E402  (these are found only now)
 from extract_latents import Latents, Parser, content_id, fail, positive_int, run, write_json  # noqa: E402
 from models import SiT_models, load_program  # noqa: E402
 
-METRICS = {"denoising": ("denoising loss", 4), "FID": ("Fréchet distance", 2),
-           "sFID": ("Fréchet, spatial", 3), "IS": ("IS", 2)}  # with decimals to show
-LOWER_IS_BETTER = ("denoising", "FID", "sFID")
+# title, decimals to show, whether more is better (1), less (-1), or neither (0)
+METRICS = {"denoising": ("denoising loss", 4, -1), "FID": ("Fréchet distance", 2, -1),
+           "sFID": ("Fréchet, spatial", 3, -1), "IS": ("IS", 2, 1)}
 VAE, DETECTOR, SIZE = "tests/data/vae", "tests/data/detector.pt2", 64
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps. The others: {samples} samples without guidance
@@ -94,6 +94,14 @@ def side_by_side(jobs, after_a_while):
             process.wait()
 
 
+def train_all(jobs, steps):
+    """`side_by_side` with a bar of all steps; jobs: {folder: commands}."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
+    with tqdm(total=len(jobs) * steps, desc="training", unit="step") as bar:
+        side_by_side([(commands, folder) for folder, commands in jobs.items()],
+                     lambda: bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n))
+
+
 def code():
     """What the scripts hold that make a run."""
     return {name: content_id(ROOT / name) for name in
@@ -116,6 +124,24 @@ def say_what_is_old(folders):
 
 
 # ---- What is compared
+
+
+def data_folder(args):
+    """Where everything goes that is made of these images."""
+    own = args.images_from and os.path.basename(os.path.realpath(args.images_from))
+    return Path("runs/demo", (own or f"{args.images}-images") + f"_{args.image_size}-pixels" * (
+        args.image_size != SIZE) + f"_{Path(args.vae).name}" * (args.vae != VAE))
+
+
+def prepare(args, data):
+    """Draw the images and encode them, unless that is done."""
+    own, size = args.images_from, args.image_size
+    draw = ("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", size)
+    encode = ("extract_latents.py", "--images", own or data / "images", "--out", data / "latents",
+              "--vae", args.vae, "--image-size", size, "--store-images", "--num-workers", 1)
+    for command in (encode,) if own else (draw, encode):
+        if start(command).wait():
+            fail(f"{command[0]} failed")
 
 
 def variant(text):
@@ -141,7 +167,10 @@ def read_flags(args, data, name, flags):
 
 
 def find_runs(args, data):
-    """Plain SiT and each variant, {name: (settings, flags of train.py, folder with {seed} in its name)}."""
+    """Plain SiT and each variant, {name: (settings, flags of train.py, folder with {seed} in its name)}.
+
+    A folder is named after what the flags mean, so that a run is found under another name, too.
+    """
     default, _ = read_flags(args, data, "", ())
     runs = {}
     for name, flags in ((args.model, ["--vae-repa-depth", "0"]), *(args.variant or [("VAE-REPA", [])])):
@@ -218,19 +247,18 @@ def results(args, folder):
 
 
 def differences(values, first):
-    """Of values - first (seeds, metrics), each (metrics,): the mean, its standard error, the half width of
-    its 95 % interval by Student's t, and in how many seeds it is for the better. One seed has no errors, NaN.
+    """Of values - first (seeds, metrics): each metric's mean, its standard error and the half width of its
+    95 % interval by Student's t, (metrics,) each. One seed has no errors, but NaN.
     """
     n, found = len(values), values - first
-    error = found.std(axis=0, ddof=1) / n**0.5 if n > 1 else np.full(len(METRICS), np.nan)
-    better = found * [-1 if name in LOWER_IS_BETTER else 1 for name in METRICS] > 0
-    return found.mean(axis=0), error, error * stats.t.ppf(0.975, n - 1), better.sum(axis=0)
+    error = found.std(axis=0, ddof=1) / n**0.5 if n > 1 else np.full(len(found[0]), np.nan)
+    return found.mean(axis=0), error, error * stats.t.ppf(0.975, n - 1)
 
 
-def table(measured):
-    """METRICS, and differences from the first, as Markdown; measured: {name: array (seeds, metrics)}."""
-    headings, decimals = zip(*METRICS.values())
-    rows = [["", *headings], ["---"] * (len(METRICS) + 1)]
+def table(measured, metrics=METRICS):
+    """Means, and differences from the first, as Markdown; measured: {name: array (seeds, metrics)}."""
+    headings, decimals, signs = zip(*metrics.values())
+    rows = [["", *headings], ["---"] * (len(metrics) + 1)]
     first, *_ = measured.values()
     n = len(first)
     for name, values in measured.items():
@@ -239,9 +267,12 @@ def table(measured):
                              for mean, x, d in zip(values.mean(axis=0), std, decimals))])
         if values is not first:
             rows.append(["difference"])
-            for mean, error, half, better, d in zip(*differences(values, first), decimals):
+            better = ((values - first) * signs > 0).sum(axis=0)
+            for mean, error, half, count, d, sign in zip(
+                    *differences(values, first), better, decimals, signs):
                 cell = f"{mean:+.{d}f}" + f" ± {error:.{d}f}" * (n > 1)
-                rows[-1].append((f"**{cell}**" if abs(mean) > half else cell) + f", {better}/{n}" * (n > 1))
+                cell = f"**{cell}**" if abs(mean) > half else cell
+                rows[-1].append(cell + f", {count}/{n}" * (n > 1 and sign != 0))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -255,13 +286,12 @@ def draw(measured, path):
     (name, first), *others = measured.items()
     figure = Figure((3 * len(METRICS), 1.2 + 0.3 * len(others)), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
-    for i, (axes, (key, (title, _))) in enumerate(zip(panels, METRICS.items())):
-        axes.set_title(f"{title} ({'lower' if key in LOWER_IS_BETTER else 'higher'} is better)", fontsize=9)
+    for i, (axes, (title, _, sign)) in enumerate(zip(panels, METRICS.values())):
+        axes.set_title(f"{title} ({'higher' if sign > 0 else 'lower'} is better)", fontsize=9)
         axes.axvline(0, color="black", linewidth=0.8)
         for row, (_, values) in enumerate(others):
-            mean, _, half, _ = (x[i] for x in differences(values, first))
-            better = (mean < 0) == (key in LOWER_IS_BETTER)
-            color = "gray" if abs(mean) <= half else "tab:blue" if better else "tab:red"
+            mean, _, half = (x[i] for x in differences(values, first))
+            color = "gray" if abs(mean) <= half else "tab:blue" if mean * sign > 0 else "tab:red"
             axes.errorbar(mean, row, xerr=half, fmt="o", capsize=3, color=color)
             axes.plot((values - first)[:, i], [row] * len(values), ".", color=color, alpha=0.4)
     panels[0].set_yticks(range(len(others)), [name for name, _ in others])
@@ -275,6 +305,27 @@ def draw(measured, path):
 # ---- The command
 
 
+def add_flags(parser):
+    """Those of tests/repa_e.py, too."""
+    add = parser.add_argument
+    add("--steps", type=positive_int, default=1400, help="to train")
+    add("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
+    add("--images-from", metavar="FOLDER", help="or your own, in a folder for each class")
+    add("--image-size", type=positive_int, default=SIZE, help="side in pixels")
+    add("--vae", default=VAE, help="of extract_latents.py (default: one of drawn shapes)")
+    add("--detector", default=DETECTOR, help="of fid.py (default: one of drawn shapes)")
+
+
+def in_root(parser):
+    """Its arguments, with paths from this repository's folder, where all commands run."""
+    args = parser.parse_args()
+    for name in ("images_from", "vae", "detector"):
+        path = getattr(args, name)
+        if path != parser.get_default(name) and os.path.exists(path):
+            setattr(args, name, os.path.relpath(path, ROOT))
+    return args
+
+
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -282,40 +333,19 @@ def parse_args():
     add("--variant", type=variant, action="append", metavar='"NAME: FLAGS"',
         help="flags of train.py to compare with plain SiT; may be repeated (default: VAE-REPA alone)")
     add("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="to train")
-    add("--steps", type=positive_int, default=1400, help="to train")
     add("--samples", type=positive_int, default=500, help="of each run to measure")
-    add("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
-    add("--images-from", metavar="FOLDER", help="or your own, in a folder for each class")
-    add("--image-size", type=positive_int, default=SIZE, help="side in pixels")
-    add("--vae", default=VAE, help="of extract_latents.py (default: one of drawn shapes)")
-    add("--detector", default=DETECTOR, help="of fid.py (default: one of drawn shapes)")
-    args = parser.parse_args()
-    for name in ("images_from", "vae", "detector"):  # commands run in this repository's folder
-        path = getattr(args, name)
-        if path != parser.get_default(name) and os.path.exists(path):
-            setattr(args, name, os.path.relpath(path, ROOT))
-    return args
+    add_flags(parser)
+    return in_root(parser)
 
 
 def main():
     args, started = parse_args(), time.perf_counter()
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
-    own, name = args.images_from, f"{args.images}-images"
-    if own:
-        name = os.path.basename(os.path.realpath(own))
-    name += f"_{args.image_size}-pixels" * (args.image_size != SIZE)
-    name += f"_{Path(args.vae).name}" * (args.vae != VAE)
-    data = Path("runs/demo", name)
+    data = data_folder(args)
     runs = find_runs(args, data)
-
-    size = args.image_size
-    if not own:
-        prepare("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", size)
-    prepare("extract_latents.py", "--images", own or data / "images", "--out", data / "latents",
-            "--vae", args.vae, "--image-size", size, "--store-images", "--num-workers", 1)
+    prepare(args, data)
     if any(settings.repa_depth for settings, _, _ in runs.values()) and not encoder_of(args).exists():
-        export(Encoder(), encoder_of(args), size)
+        export(Encoder(), encoder_of(args), args.image_size)
     facts = Latents(data / "latents", ["images"]).facts
     for settings, _, _ in runs.values():
         train.build(settings, facts)  # a depth, say, fails now rather than when its turn comes
@@ -328,9 +358,7 @@ def main():
         folder = folders[name, seed]
         if not metrics_of(args, folder).exists():
             jobs[folder] = commands_of(args, data, folder, seed, runs[name][1])
-    with tqdm(total=len(jobs) * args.steps, desc="training", unit="step") as bar:
-        side_by_side([(commands, folder) for folder, commands in jobs.items()],
-                     lambda: bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n))
+    train_all(jobs, args.steps)
 
     measured = {name: np.array([results(args, folders[name, seed]) for seed in range(args.seeds)])
                 for name in runs}
@@ -342,11 +370,6 @@ def main():
     say_what_is_old(sorted({*folders.values()}))
     print("Samples are in grid.png, a row per class, and from during training in samples/, of")
     print(*dict.fromkeys(folders.values()), f"{time.perf_counter() - started:.0f} s in all", sep="\n")
-
-
-def prepare(*command):
-    if start(command).wait():
-        fail(f"{command[0]} failed")
 
 
 if __name__ == "__main__":

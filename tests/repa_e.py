@@ -23,8 +23,8 @@ without batch norm they are no worse.
 
 import json
 import os
-import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +34,28 @@ from torch.distributed.nn.functional import all_reduce
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from demo import SIZE, Encoder  # noqa: E402
+from demo import (  # noqa: E402
+    OF_SEEDS,
+    Encoder,
+    add_flags,
+    data_folder,
+    encoder_of,
+    in_root,
+    prepare,
+    say_what_is_old,
+    table,
+    train_all,
+)
 from export_encoder import export  # noqa: E402
-from figures import call, print_table, total_variation, variance  # noqa: E402
+from figures import total_variation, variance  # noqa: E402
 
 import models  # noqa: E402
 import train  # noqa: E402  (these are found only now)
 from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
 from sample import save_grid  # noqa: E402
 
-TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
+# its KL is a sum over an image's latents, all else a mean: 1e-6 at 256 pixels is this much at 64
+TUNED = ("--lpips-weight", 0, "--gan-weight", 0, "--kl-weight", 1.6e-5)
 METHODS = {"fixed VAE": (), "REPA-E": ("--tune-vae", *TUNED),
            "diffusion loss": ("--variant", "diffusion-loss", *TUNED),
            "without stop-gradient": ("--variant", "no-stop-gradient", *TUNED),
@@ -108,23 +120,37 @@ def train_variant(args):
     train.main()
 
 
-def measure(folder, data, args):
-    """Sample, extract and reconstruct with a run's own VAE: a row of the table."""
-    checkpoint, fid = folder / "checkpoints" / f"{args.steps:07d}", ("--detector", "tests/data/detector.pt2")
-    vae = f"{checkpoint}-vae" if Path(f"{checkpoint}-vae").exists() else "tests/data/vae"
-    call("extract_latents.py", "--images", data / "images", "--out", folder / "latents", "--vae", vae,
-         "--image-size", SIZE, "--reconstruct", "--num-workers", 1)
-    call("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500,
-         "--out", f"{checkpoint}.npz")
-    for name, images in (("samples", f"{checkpoint}.npz"), ("rfid", folder / "latents/reconstructions.npy")):
-        call("fid.py", images, "--ref", data / "images", *fid, "--json", folder / f"{name}.json")
+# as demo.METRICS
+COLUMNS = {"variance": ("variance", 2, 0), "variation": ("total variation", 1, 0), "cosine": ("cosine", 3, 0),
+           "denoising": ("denoising loss", 3, 0), "FID": ("Fréchet distance", 2, -1),
+           "rFID": ("of reconstructions", 3, -1)}
+
+
+def commands_of(args, data, folder, seed, method):
+    """Train, sample, and extract and reconstruct with the run's own VAE."""
+    flags, checkpoint = METHODS[method], folder / "checkpoints" / f"{args.steps:07d}"
+    vae = f"{checkpoint}-vae" if flags else args.vae
+    compare = ("--ref", args.images_from or data / "images", "--detector", args.detector, "--num-workers", 1)
+    return [
+        ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
+         folder, "--model", "SiT-Ti/2", *flags, "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
+         encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
+         "--log-every", args.steps // 10 or 1, "--sample-every", args.steps, "--seed", seed),
+        ("extract_latents.py", "--images", args.images_from or data / "images", "--out", folder / "latents",
+         "--vae", vae, "--image-size", args.image_size, "--reconstruct", "--num-workers", 1),
+        ("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500,
+         "--seed", seed, "--out", folder / "500.npz"),
+        ("fid.py", folder / "500.npz", *compare, "--json", folder / "500.json"),
+        ("fid.py", folder / "latents/reconstructions.npy", *compare, "--json", folder / "rfid.json")]
+
+
+def results(folder):
+    """A run's COLUMNS, a list."""
     latents = Latents(folder / "latents")
     z = latents.read(range(latents.facts["count"]))["mean"] / torch.from_numpy(latents.scale)
     last = json.loads((folder / "log.jsonl").read_text().split("\n")[-2])
-    generated, rebuilt = (json.loads((folder / f"{name}.json").read_text())["FID"]
-                          for name in ("samples", "rfid"))
-    return [f"{variance(z):.3g}", f"{total_variation(z):.3g}", f"{-last['repa']:.3f}",
-            f"{last['denoising']:.3f}", f"{generated:.2f}", f"{rebuilt:.3f}"]
+    metrics = [json.loads((folder / name).read_text())["FID"] for name in ("500.json", "rfid.json")]
+    return [variance(z), total_variation(z), -last["repa"], last["denoising"], *metrics]
 
 
 def parse_args():
@@ -137,8 +163,10 @@ def parse_args():
             fail("--sra-depth cannot be with --variant, nor --vae-from-scratch with no-batch-norm")
         return args
     parser = Parser(__doc__)
-    parser.add_argument("--steps", type=positive_int, default=1400, help="to train")
-    return parser.parse_args()
+    parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="to compare")
+    add_flags(parser)
+    return in_root(parser)
 
 
 def main():
@@ -150,30 +178,32 @@ def main():
 
 
 def compare(args):
-    """Train and measure each of METHODS: a row of the table, and of the picture."""
-    data, out, rows = Path("runs/demo/2000-images"), Path("runs/repa-e"), []
+    """Train and measure each of METHODS with each seed: rows of the table, and of the picture."""
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
-    call("tests/data/draw_images.py", data / "images", "--count", 2000, "--size", SIZE)
-    call("extract_latents.py", "--images", data / "images", "--out", data / "latents",
-         "--vae", "tests/data/vae", "--image-size", SIZE, "--store-images", "--num-workers", 1)
-    out.mkdir(parents=True, exist_ok=True)
-    export(Encoder(), out / "encoder.pt2", SIZE)
+    data, started = data_folder(args), time.perf_counter()
+    prepare(args, data)
+    if not encoder_of(args).exists():
+        export(Encoder(), encoder_of(args), args.image_size)
+    out = Path("runs/repa-e", data.name)
+    folders = {(method, seed): out / f"{method.replace(' ', '-')}_{args.steps}-steps_seed-{seed}"
+               for seed in range(args.seeds) for method in args.methods}
+    say_what_is_old(folders.values())
+    longest_first = sorted(folders, key=lambda run: METHODS[run[0]] == ())
+    train_all({folders[run]: commands_of(args, data, folders[run], run[1], run[0]) for run in longest_first
+               if not (folders[run] / "rfid.json").exists()}, args.steps)
+
+    measured = {method: np.array([results(folders[method, seed]) for seed in range(args.seeds)])
+                for method in args.methods}
+    print(OF_SEEDS if args.seeds > 1 else "", table(measured, COLUMNS), "", sep="\n")
     latents = Latents(data / "latents", extras=["images"])
     _, shown = np.unique(latents.labels, return_index=True)  # an image of each class
     pictures = [latents.arrays["images"][shown]]
-    for method, flags in METHODS.items():
-        folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps"
-        script = "tests/repa_e.py" if "--variant" in flags else "train.py"
-        call(script, "--data", data / "latents", "--run-dir", folder, "--model", "SiT-Ti/2", *flags,
-             "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder", out / "encoder.pt2",
-             "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
-             "--log-every", args.steps // 10 or 1, "--sample-every", args.steps)
-        rows.append([method, *measure(folder, data, args)])
-        pictures.append(np.load(folder / "latents/reconstructions.npy", mmap_mode="r")[shown])
+    for method in args.methods:
+        rebuilt = np.load(folders[method, 0] / "latents/reconstructions.npy", mmap_mode="r")
+        pictures.append(rebuilt[shown])
     save_grid(np.concatenate(pictures), len(shown), out / "reconstructions.png")
-    print_table(["", "variance", "total variation", "cosine", "denoising loss", "Fréchet distance",
-                 "of reconstructions"], rows)
+    say_what_is_old(folders.values())
+    print(f"{out / 'reconstructions.png'}; {time.perf_counter() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def test_the_tables_arithmetic(seeds):
     rng = np.random.default_rng(seeds)
     measured = {f"v{i}": rng.normal(5 + i / 3, 0.3, (seeds, len(demo.METRICS))) for i in range(9)}
     headings, first, *rows = cells(demo.table(measured))
-    assert headings[1:] == [title for title, _ in demo.METRICS.values()] and len(rows) == 2 * 8
+    assert headings[1:] == [title for title, *_ in demo.METRICS.values()] and len(rows) == 2 * 8
     bold = 0
     for values, row, difference in zip([*measured.values()][1:], rows[::2], rows[1::2], strict=True):
-        for i, (metric, (_, decimals)) in enumerate(demo.METRICS.items(), start=1):
+        for i, (metric, (_, decimals, _)) in enumerate(demo.METRICS.items(), start=1):
             of, base = values[:, i - 1], measured["v0"][:, i - 1]
             within = pytest.approx([of.mean(), np.std(of, ddof=1)], abs=0.51 * 10**-decimals)
             assert [float(x) for x in row[i].split(" ± ")] == within
