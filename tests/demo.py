@@ -4,12 +4,13 @@
     python tests/demo.py --seeds 5    # both with five seeds: which difference is chance, and which is not
 
 draws images, encodes them, trains, samples, and measures the samples, all by the commands that a user would
-give; each is printed. Any flags of train.py, an own loss's, too, are compared with plain SiT by
+give; each is printed. What any flags of train.py do, those of your own loss, too, is shown by
 
     python tests/demo.py --seeds 5 --variant "VAE-REPA:" --variant "depth 1: --vae-repa-depth 1"
 
-Everything goes to runs/demo. If interrupted, run the same command again; a run that is there is not made
-again. REPA's encoder is the classifier whose features measure the samples: of images, it sees its own.
+which trains plain SiT and each NAME: FLAGS. Everything goes to runs/demo. If interrupted, run the same
+command again; what is there is not made again. REPA gets the classifier that measures the samples as its
+encoder, which flatters it.
 """
 
 import argparse
