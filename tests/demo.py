@@ -14,16 +14,18 @@ encoder, which flatters it.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,13 +39,25 @@ from export_encoder import export  # noqa: E402
 from train_detector import Detector  # noqa: E402
 
 import train  # noqa: E402  (these are found only now)
-from extract_latents import Latents, Parser, content_id, fail, positive_int, run, write_json  # noqa: E402
+from extract_latents import (  # noqa: E402
+    Latents,
+    Parser,
+    content_id,
+    fail,
+    first_line,
+    list_images,
+    named_by_flags,
+    positive_int,
+    run,
+    write_json,
+)
 from models import SiT_models, load_program  # noqa: E402
 
 # title, decimals to show, whether more is better (1), less (-1), or neither (0)
 METRICS = {"denoising": ("denoising loss", 4, -1), "FID": ("Fréchet distance", 2, -1),
            "sFID": ("Fréchet, spatial", 3, -1), "IS": ("IS", 2, 1)}
 VAE, DETECTOR, SIZE = "tests/data/vae", "tests/data/detector.pt2", 64
+SCRIPTS = ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py")
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps. The others: {samples} samples without guidance
 against the images trained on, in the feature space of {detector}: no number here is
@@ -57,70 +71,69 @@ much once in 20 times.
 def start(command, log=None):
     """Start a script; if two run side by side, each gets half of the threads and adds its output to `log`."""
     command = [str(word) for word in command]
-    tqdm.write(f"$ python {shlex.join(command)}")
+    line = f"$ python {shlex.join(command)}"
+    tqdm.write(line)
     if not log:
         return subprocess.Popen([sys.executable, *command], cwd=ROOT)
     threads = str(max(torch.get_num_threads() // 2, 1))
     with open(log, "a") as file:
+        print(line, file=file, flush=True)
         return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file,
                                 env={**os.environ, "OMP_NUM_THREADS": threads})
 
 
-def side_by_side(jobs, after_a_while):
-    """Work off each (commands, folder) of `jobs`, two at a time; if one fails or Ctrl-C comes, both stop.
+def side_by_side(jobs, steps):
+    """Run the commands of each folder, two folders at a time; if one fails or Ctrl-C comes, both stop.
 
-    A folder gets the commands' output, and the scripts that begin its run, by their contents.
+    jobs: {folder: (its `record`, commands, of which the first trains so many steps)}.
     """
-    jobs, running = list(jobs), []  # running: (process, commands left, folder)
+    waiting, running = [(folder, *job) for folder, job in jobs.items()], []  # running: (process, such a job)
     try:
-        while jobs or running:
-            for process, commands, folder in [job for job in running if job[0].poll() is not None]:
-                running.remove((process, commands, folder))
-                if process.returncode:
-                    log = folder / "output.txt"
-                    said = [line for line in log.read_text().splitlines() if "error: " in line][-1:]
-                    fail(f"status {process.returncode} of the last command in {log} {''.join(said)}")
-                if commands:
-                    jobs.insert(0, (commands, folder))
-            while jobs and len(running) < 2:
-                (command, *commands), folder = jobs.pop(0)
-                if not (folder / "log.jsonl").exists():
-                    write_json(folder / "code.json", code())
-                running.append((start(command, folder / "output.txt"), commands, folder))
-            time.sleep(0.5)
-            after_a_while()
+        with tqdm(total=len(jobs) * steps, desc="training", unit="step", disable=not jobs) as bar:
+            while waiting or running:
+                for process, (folder, record, commands) in [x for x in running if x[0].poll() is not None]:
+                    running.remove((process, (folder, record, commands)))
+                    if process.returncode:
+                        log = folder / "output.txt"
+                        _, _, said = log.read_text(errors="replace").rpartition("$ python ")
+                        said = [line for line in said.splitlines() if "error: " in line][-1:]
+                        fail(f"status {process.returncode} of the last command in {log} {''.join(said)}")
+                    if commands:
+                        waiting.insert(0, (folder, record, commands))
+                while waiting and len(running) < 2:
+                    folder, record, (command, *commands) = waiting.pop(0)
+                    if not (folder / "state.pt").exists():
+                        write_json(folder / "made_of.json", record)
+                    running.append((start(command, folder / "output.txt"), (folder, record, commands)))
+                time.sleep(0.5)
+                bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n)
     finally:
-        for process, _, _ in running:
+        for number in (signal.SIGINT, signal.SIGTERM) if running else ():
+            signal.signal(number, signal.SIG_IGN)  # a second one would leave a process behind
+        for process, _ in running:
             process.terminate()
+        for process, _ in running:
             process.wait()
 
 
-def train_all(jobs, steps):
-    """`side_by_side` with a bar of all steps; jobs: {folder: commands}."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
-    with tqdm(total=len(jobs) * steps, desc="training", unit="step") as bar:
-        side_by_side([(commands, folder) for folder, commands in jobs.items()],
-                     lambda: bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n))
+def record(flags, files=(), scripts=()):
+    """What decides a run: its flags, any dictionary, and the contents of scripts and files."""
+    files = (*SCRIPTS, *scripts, *filter(os.path.isfile, files))
+    return json.loads(json.dumps({"its flags": flags, **{str(name): content_id(name) for name in files}}))
 
 
-def code():
-    """What the scripts hold that make a run."""
-    return {name: content_id(ROOT / name) for name in
-            ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py")}
-
-
-def say_what_is_old(folders):
-    """Name the runs that were begun by other scripts than today's."""
+def say_what_is_old(records):
+    """Name the runs that were begun with something else than today's `record`; records: {folder: it}."""
     old, changed = [], set()
-    for folder in folders:
-        record = folder / "code.json"
-        if (folder / "log.jsonl").exists():
-            begun_by = json.loads(record.read_text()) if record.exists() else {}
-            if differ := {name for name, content in code().items() if begun_by.get(name) != content}:
+    for folder, now in records.items():
+        if (folder / "state.pt").exists():
+            file = folder / "made_of.json"
+            then = json.loads(file.read_text()) if file.exists() else {}
+            if differ := {name for name in {**now, **then} if now.get(name) != then.get(name)}:
                 old.append(str(folder))
                 changed |= differ
     if old:
-        print(f"{len(old)} of {len(folders)} runs were begun before {', '.join(sorted(changed))} changed. "
+        print(f"{len(old)} of {len(records)} runs were begun before {', '.join(sorted(changed))} changed. "
               f"To have them made anew, remove them:\n  rm -r {shlex.join(old)}")
 
 
@@ -129,27 +142,40 @@ def say_what_is_old(folders):
 
 def data_folder(args):
     """Where everything goes that is made of these images."""
-    own = args.images_from and os.path.basename(os.path.realpath(args.images_from))
-    return Path("runs/demo", (own or f"{args.images}-images") + f"_{args.image_size}-pixels" * (
-        args.image_size != SIZE) + f"_{Path(args.vae).name}" * (args.vae != VAE))
+    name, own = f"{args.images}-images", args.images_from
+    if own:  # they may change, and others be in a folder of that name
+        files = [(os.path.relpath(path, own), os.stat(path)) for path in list_images(own)[1]]
+        known = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
+        name = f"{Path(own).resolve().name}-{hashlib.sha256(str(known).encode()).hexdigest()[:8]}"
+    if args.image_size != SIZE:
+        name += f"_{args.image_size}-pixels"
+    if args.vae != VAE:
+        name += f"_{Path(args.vae).name}"
+    return Path("runs/demo", name)
 
 
 def prepare(args, data):
     """Draw the images and encode them, unless that is done."""
     own, size = args.images_from, args.image_size
-    draw = ("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", size)
-    encode = ("extract_latents.py", "--images", own or data / "images", "--out", data / "latents",
-              "--vae", args.vae, "--image-size", size, "--store-images", "--num-workers", 1)
-    for command in (encode,) if own else (draw, encode):
-        if start(command).wait():
-            fail(f"{command[0]} failed")
+    commands = [("extract_latents.py", "--images", own or data / "images", "--out", data / "latents",
+                 "--vae", args.vae, "--image-size", size, "--store-images", "--num-workers", 1)]
+    if not own and not (data / "latents").exists():
+        draw = ("tests/data/draw_images.py", data / "images", "--count", args.images, "--size", size)
+        commands.insert(0, draw)
+    for command in commands:
+        running = start(command)
+        try:
+            if running.wait():
+                fail(f"{command[0]} failed")
+        finally:
+            running.terminate()
 
 
 def variant(text):
     """"NAME: FLAGS" as (name, list of flags)."""
     name, colon, flags = (part.strip() for part in text.partition(":"))
     try:
-        if not colon or not name or "|" in name:
+        if not colon or not name.isprintable() or not name or "|" in name:
             raise ValueError('it is not "NAME: FLAGS"')
         return name, shlex.split(flags)
     except ValueError as error:
@@ -168,25 +194,25 @@ def read_flags(args, data, name, flags):
 
 
 def find_runs(args, data):
-    """Plain SiT and each variant, {name: (settings, flags of train.py, folder with {seed} in its name)}.
+    """Plain SiT and each variant, {name: (settings, flags of train.py, what its folders are called)}.
 
-    A folder is named after what the flags mean, so that a run is found under another name, too.
+    A folder is called by what the flags mean, so that a run is found under another name, too.
     """
     default, _ = read_flags(args, data, "", ())
-    runs = {}
+    default, runs = SimpleNamespace(get_default=vars(default).get), {}
     for name, flags in ((args.model, ["--vae-repa-depth", "0"]), *(args.variant or [("VAE-REPA", [])])):
         if name in runs:
             fail(f"two variants are called {name}")
-        taken = {"--data", "--run-dir", "--seed", "--max-steps"} & {word.split("=")[0] for word in flags}
-        if taken:
+        taken = {"--data", "--run-dir", "--seed", "--max-steps", "--log-every", "-h", "--help"}
+        if taken := taken & {word.split("=")[0] for word in flags}:
             fail(f"--variant {name} cannot have {min(taken)}: the demo gives it")
         settings, flags = read_flags(args, data, name, flags)
-        called = "_".join(f"{key}-{x}" for key, x in sorted(vars(settings).items())
-                          if key != "run_dir" and x != vars(default).get(key))
-        called = re.sub(r"[^\w.]+|_", "-", re.sub(r"\.0\b", "", called)).strip("-")
-        called = {"": "vae-repa", "vae-repa-depth-0": "plain"}.get(called, called)
-        folder = f"{args.model}_{args.steps}-steps_seed-{{seed}}_{called[:150]}".replace("/", "-")
-        runs[name] = settings, flags, str(data / folder)
+        called = named_by_flags("", settings, default, ("run_dir",))
+        called = {"": "_vae-repa", "_vae-repa-depth-0": "_plain"}.get(called, called)
+        runs[name] = settings, flags, called
+        for other, (same, _, its) in runs.items():
+            if its == called and {**vars(same), "run_dir": 0} != {**vars(settings), "run_dir": 0}:
+                fail(f"--variant {name} and {other} have files of the same name; rename one")
     return runs
 
 
@@ -195,20 +221,21 @@ def duration(settings):
     return settings.tune_vae, settings.repa_depth > 0, settings.sra_depth > 0, settings.vae_repa_depth > 0
 
 
-def commands_of(args, data, folder, seed, flags):
+def commands_of(args, data, folder, seed, flags, guidance=2.5):
     """Train, draw a grid, sample and measure."""
     checkpoint, samples = folder / "checkpoints" / f"{args.steps:07d}.pt", folder / f"{args.samples}.npz"
     sample = ("sample.py", "--ckpt", checkpoint, "--seed", seed, "--mode", "ode")
     return [
         ("train.py", *flags, "--run-dir", folder, "--seed", seed),
-        (*sample, "--num-steps", 50, "--cfg-scale", 2.5, "--out", folder / "grid.png"),
+        (*sample, "--num-steps", 50, "--cfg-scale", guidance, "--out", folder / "grid.png"),
         (*sample, "--num-steps", 30, "--num-samples", args.samples, "--out", samples),
-        ("fid.py", samples, "--ref", args.images_from or data / "images", "--json", metrics_of(args, folder),
+        ("fid.py", samples, "--ref", data / "latents/images.npy", "--json", metrics_of(args, folder),
          "--detector", args.detector, "--num-workers", 1)]
 
 
 def metrics_of(args, folder):
-    return folder / f"{args.samples}.json"
+    other = "" if args.detector == DETECTOR else f"_{content_id(args.detector)}"
+    return folder / f"{args.samples}{other}.json"
 
 
 class Encoder(torch.nn.Module):
@@ -241,10 +268,15 @@ def read_log(folder):
 
 
 def results(args, folder):
-    """A run's METRICS, a list."""
-    last = [loss for step, loss in read_log(folder).items() if step > args.steps - 100]
-    found = {"denoising": np.mean(last), **json.loads(metrics_of(args, folder).read_text())}
-    return [found[name] for name in METRICS]
+    """A run's METRICS, {name: number}, of which a --detector may not allow all."""
+    try:
+        losses = read_log(folder)
+        if args.steps not in losses:
+            raise ValueError(f"log.jsonl has no step {args.steps}")
+        last = [losses[step] for step in losses if step > args.steps - 100]
+        return {"denoising": np.mean(last), **json.loads(metrics_of(args, folder).read_text())}
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{folder} is damaged ({first_line(error)}); remove it and run the same command again")
 
 
 def differences(values, first):
@@ -277,7 +309,7 @@ def table(measured, metrics=METRICS):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(measured, path):
+def draw(measured, path, metrics=METRICS):
     """Differences from the first with their 95 % intervals, and a dot for each seed, as a picture."""
     try:
         from matplotlib.figure import Figure  # optional
@@ -285,9 +317,9 @@ def draw(measured, path):
         print("To have this as a picture, too: pip install matplotlib, and the same command again")
         return
     (name, first), *others = measured.items()
-    figure = Figure((3 * len(METRICS), 1.2 + 0.3 * len(others)), layout="constrained")
-    panels = figure.subplots(1, len(METRICS), sharey=True)
-    for i, (axes, (title, _, sign)) in enumerate(zip(panels, METRICS.values())):
+    figure = Figure((3 * len(metrics), 1.2 + 0.3 * len(others)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True)
+    for i, (axes, (title, _, sign)) in enumerate(zip(panels, metrics.values())):
         axes.set_title(f"{title} ({'higher' if sign > 0 else 'lower'} is better)", fontsize=9)
         axes.axvline(0, color="black", linewidth=0.8)
         for row, (_, values) in enumerate(others):
@@ -295,7 +327,7 @@ def draw(measured, path):
             color = "gray" if abs(mean) <= half else "tab:blue" if mean * sign > 0 else "tab:red"
             axes.errorbar(mean, row, xerr=half, fmt="o", capsize=3, color=color)
             axes.plot((values - first)[:, i], [row] * len(values), ".", color=color, alpha=0.4)
-    panels[0].set_yticks(range(len(others)), [name for name, _ in others])
+    panels[0].set_yticks(range(len(others)), [name.replace("$", r"\$") for name, _ in others])
     panels[0].set_ylim(len(others) - 0.5, -0.5)
     figure.suptitle(f"Difference from {name} within a seed, mean and 95 % interval of {len(first)} seeds: "
                     "blue is better, red is worse, grey may be chance", fontsize=10)
@@ -324,6 +356,8 @@ def in_root(parser):
         path = getattr(args, name)
         if path != parser.get_default(name) and os.path.exists(path):
             setattr(args, name, os.path.relpath(path, ROOT))
+    if not Path(ROOT, args.detector).exists():
+        fail(f"--detector {args.detector} is not there")
     return args
 
 
@@ -336,12 +370,16 @@ def parse_args():
     add("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="to train")
     add("--samples", type=positive_int, default=500, help="of each run to measure")
     add_flags(parser)
-    return in_root(parser)
+    args = in_root(parser)
+    if args.samples < 4:
+        fail("--samples must be at least 4, of which fid.py can measure something")
+    return args
 
 
 def main():
     args, started = parse_args(), time.perf_counter()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     data = data_folder(args)
     runs = find_runs(args, data)
     prepare(args, data)
@@ -351,26 +389,33 @@ def main():
     for settings, _, _ in runs.values():
         train.build(settings, facts)  # a depth, say, fails now rather than when its turn comes
 
-    folders = {(name, seed): Path(folder.format(seed=seed)) for name, (_, _, folder) in runs.items()
-               for seed in range(args.seeds)}
-    say_what_is_old(sorted({*folders.values()}))
-    jobs = {}
-    for name, seed in sorted(folders, key=lambda x: (duration(runs[x[0]][0]), -x[1]), reverse=True):
-        folder = folders[name, seed]
+    model = args.model.replace("/", "-")
+    folders, records, jobs = {}, {}, {}
+    for name, seed in itertools.product(runs, range(args.seeds)):
+        settings, flags, called = runs[name]
+        folders[name, seed] = folder = data / f"{model}_{args.steps}-steps_seed-{seed}{called}"
+        decides = {key: x for key, x in vars(settings).items() if key not in train.FREE}
+        files = (settings.init, settings.disc_init, settings.repa_depth and settings.repa_encoder)
+        records[folder] = record(decides, filter(None, files))
         if not metrics_of(args, folder).exists():
-            jobs[folder] = commands_of(args, data, folder, seed, runs[name][1])
-    train_all(jobs, args.steps)
+            guidance = 2.5 if settings.label_dropout else 1
+            jobs[folder] = duration(settings), -seed, commands_of(args, data, folder, seed, flags, guidance)
+    say_what_is_old(records)
+    longest_first = sorted(jobs, key=lambda folder: jobs[folder][:2], reverse=True)
+    side_by_side({folder: (records[folder], jobs[folder][2]) for folder in longest_first}, args.steps)
 
-    measured = {name: np.array([results(args, folders[name, seed]) for seed in range(args.seeds)])
+    found = {run: results(args, folder) for run, folder in folders.items()}
+    metrics = {key: x for key, x in METRICS.items() if all(key in each for each in found.values())}
+    measured = {name: np.array([[found[name, seed][key] for key in metrics] for seed in range(args.seeds)])
                 for name in runs}
     detector = "a small classifier of drawn shapes" if args.detector == DETECTOR else args.detector
     print(CAPTION.format(samples=args.samples, detector=detector), OF_SEEDS if args.seeds > 1 else "",
-          table(measured), "", sep="\n")
+          table(measured, metrics), "", sep="\n")
     if args.seeds > 1:
-        draw(measured, data / f"{args.model}_{args.steps}-steps.png".replace("/", "-"))
-    say_what_is_old(sorted({*folders.values()}))
+        draw(measured, data / f"{model}_{args.steps}-steps.png", metrics)
+    say_what_is_old(records)
     print("Samples are in grid.png, a row per class, and from during training in samples/, of")
-    print(*dict.fromkeys(folders.values()), f"{time.perf_counter() - started:.0f} s in all", sep="\n")
+    print(*records, f"{time.perf_counter() - started:.0f} s in all", sep="\n")
 
 
 if __name__ == "__main__":

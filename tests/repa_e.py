@@ -5,24 +5,19 @@
 NAME is diffusion-loss (which tunes the VAE in the place of REPA's loss), no-stop-gradient (all of SiT's loss
 tunes it, too) or no-batch-norm (latents are normalised by the first VAE's statistics).
 
-    python tests/repa_e.py
+    python tests/repa_e.py --seeds 5  # or of fewer --methods
 
-compares them on the demo's images, in two hours on a CPU core: it trains SiT with REPA five times with the
-same seed, with a fixed VAE, with --tune-vae, and as above. REPA's encoder is the classifier of
-tests/data/detector.pt2, cut before its mean over places; LPIPS is off for want of weights, the GAN for want
-of time. It prints a table and draws reconstructions.png, a row of images and one for each VAE, into
-runs/repa-e. If interrupted, run the same command again.
-
-What the numbers in tests/PAPERS.md say: where the diffusion loss reaches the VAE, latents collapse. Within
-an image they vary a tenth as much as before (0.12 and 0.15 instead of 1.4), which is easy to denoise (0.15
-instead of 0.64), and samples are poor (Fréchet distance 36 and 38 instead of 6). REPA-E's stay whole, and
-vary less between neighbours in units of their standard deviation (62 instead of 77). But samples are no
-better here, perhaps as this VAE was trained to be easy to denoise, with a strong KL, or in want of steps; and
-without batch norm they are no worse.
+compares them on the demo's images, an hour a seed on 2 cores: it trains SiT with REPA with a fixed VAE, with
+--tune-vae, and as above. REPA's encoder is the classifier of tests/data/detector.pt2, cut before its mean
+over places; LPIPS is off for want of weights, the GAN for want of time. It prints a table and draws
+reconstructions.png, a row of images and one for each VAE, into runs/repa-e. If interrupted, run the same
+command again. tests/PAPERS.md has what came out.
 """
 
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,9 +37,10 @@ from demo import (  # noqa: E402
     encoder_of,
     in_root,
     prepare,
+    record,
     say_what_is_old,
+    side_by_side,
     table,
-    train_all,
 )
 from export_encoder import export  # noqa: E402
 from figures import total_variation, variance  # noqa: E402
@@ -54,8 +50,7 @@ import train  # noqa: E402  (these are found only now)
 from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
 from sample import save_grid  # noqa: E402
 
-# its KL is a sum over an image's latents, all else a mean: 1e-6 at 256 pixels is this much at 64
-TUNED = ("--lpips-weight", 0, "--gan-weight", 0, "--kl-weight", 1.6e-5)
+TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
 METHODS = {"fixed VAE": (), "REPA-E": ("--tune-vae", *TUNED),
            "diffusion loss": ("--variant", "diffusion-loss", *TUNED),
            "without stop-gradient": ("--variant", "no-stop-gradient", *TUNED),
@@ -130,7 +125,9 @@ def commands_of(args, data, folder, seed, method):
     """Train, sample, and extract and reconstruct with the run's own VAE."""
     flags, checkpoint = METHODS[method], folder / "checkpoints" / f"{args.steps:07d}"
     vae = f"{checkpoint}-vae" if flags else args.vae
-    compare = ("--ref", args.images_from or data / "images", "--detector", args.detector, "--num-workers", 1)
+    if flags:  # the KL is a sum over an image's latent, all else a mean: as 1e-6 at 256 pixels
+        flags = (*flags, "--kl-weight", 1e-6 * (256 / args.image_size) ** 2)
+    compare = ("--ref", data / "latents/images.npy", "--detector", args.detector, "--num-workers", 1)
     return [
         ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
          folder, "--model", "SiT-Ti/2", *flags, "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
@@ -180,17 +177,23 @@ def main():
 def compare(args):
     """Train and measure each of METHODS with each seed: rows of the table, and of the picture."""
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     data, started = data_folder(args), time.perf_counter()
     prepare(args, data)
     if not encoder_of(args).exists():
         export(Encoder(), encoder_of(args), args.image_size)
     out = Path("runs/repa-e", data.name)
-    folders = {(method, seed): out / f"{method.replace(' ', '-')}_{args.steps}-steps_seed-{seed}"
-               for seed in range(args.seeds) for method in args.methods}
-    say_what_is_old(folders.values())
-    longest_first = sorted(folders, key=lambda run: METHODS[run[0]] == ())
-    train_all({folders[run]: commands_of(args, data, folders[run], run[1], run[0]) for run in longest_first
-               if not (folders[run] / "rfid.json").exists()}, args.steps)
+    folders, records, jobs = {}, {}, {}
+    for method, seed in itertools.product(sorted(args.methods, key=lambda x: METHODS[x] == ()),
+                                          range(args.seeds)):  # what takes longest comes first
+        folders[method, seed] = folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps_seed-{seed}"
+        commands = commands_of(args, data, folder, seed, method)
+        records[folder] = record({"command": [*map(str, commands[0])]}, [encoder_of(args), args.detector],
+                                 ["tests/repa_e.py"])
+        if not (folder / "rfid.json").exists():
+            jobs[folder] = records[folder], commands
+    say_what_is_old(records)
+    side_by_side(jobs, args.steps)
 
     measured = {method: np.array([results(folders[method, seed]) for seed in range(args.seeds)])
                 for method in args.methods}
@@ -202,7 +205,7 @@ def compare(args):
         rebuilt = np.load(folders[method, 0] / "latents/reconstructions.npy", mmap_mode="r")
         pictures.append(rebuilt[shown])
     save_grid(np.concatenate(pictures), len(shown), out / "reconstructions.png")
-    say_what_is_old(folders.values())
+    say_what_is_old(records)
     print(f"{out / 'reconstructions.png'}; {time.perf_counter() - started:.0f} s in all")
 
 

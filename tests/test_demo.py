@@ -17,7 +17,7 @@ from conftest import ROOT, cli, message, process
 from PIL import Image
 from scipy import stats
 
-SMALL = ("--images", 20, "--image-size", 32, "--steps", 2, "--samples", 6)
+SMALL = ("--images", 20, "--image-size", 32, "--steps", 2, "--samples", 6, "--model", "SiT-Ti/4")
 RUNS = Path("runs/demo/20-images_32-pixels")
 
 
@@ -96,11 +96,11 @@ def test_variants(bench):
     changed later the demo speaks, and of none else."""
     status, out, err, trained = bench("--seeds", 2, "--variant", "mine: --lr 1e-4 --vae-repa-loss l1")
     assert status == 0, err
-    runs = ["0_lr-0.0001-vae-repa-loss-l1", "1_lr-0.0001-vae-repa-loss-l1", "0_plain", "1_plain"]
+    runs = ["0_vae-repa-loss-l1_lr-0.0001", "1_vae-repa-loss-l1_lr-0.0001", "0_plain", "1_plain"]
     assert trained == runs and "changed" not in out
 
     def settings(run):
-        found = json.loads((RUNS / f"SiT-Ti-2_2-steps_seed-{run}" / "settings.json").read_text())
+        found = json.loads((RUNS / f"SiT-Ti-4_2-steps_seed-{run}" / "settings.json").read_text())
         return {key: x for key, x in found.items() if key != "run_dir"}
 
     for seed in (0, 1):
@@ -108,8 +108,8 @@ def test_variants(bench):
         assert plain["seed"] == seed and plain["vae_repa_depth"] == 0
         assert mine == {**plain, "vae_repa_depth": 2, "lr": 1e-4, "vae_repa_loss": "l1"}
     rows = {row[0]: row[1:] for row in cells(out)}
-    for name, run in {"SiT-Ti/2": "plain", "mine": "lr-0.0001-vae-repa-loss-l1"}.items():
-        folders = [RUNS / f"SiT-Ti-2_2-steps_seed-{seed}_{run}" for seed in (0, 1)]
+    for name, run in {"SiT-Ti/4": "plain", "mine": "vae-repa-loss-l1_lr-0.0001"}.items():
+        folders = [RUNS / f"SiT-Ti-4_2-steps_seed-{seed}_{run}" for seed in (0, 1)]
         found = [[np.mean([json.loads(line)["denoising"] for line in open(folder / "log.jsonl")]),
                   *(json.loads((folder / "6.json").read_text())[key] for key in ("FID", "sFID", "IS"))]
                  for folder in folders]
@@ -130,16 +130,40 @@ def test_variants(bench):
 
 def test_own_images(bench, images, vae, tmp_path):
     """A folder of class folders, and its VAE; REPA takes the demo's encoder."""
-    status, out, err, trained = bench("--images-from", images, "--vae", vae, "--model", "SiT-Ti/4",
+    status, out, err, trained = bench("--images-from", images, "--vae", vae,
                                       "--variant", "REPA: --repa-depth 2")
     assert status == 0 and trained == ["0_repa-depth-2", "0_plain"], err
-    (folder,) = Path("runs/demo").glob(f"{images.name}_32-pixels_{vae.name}")
+    (folder,) = Path("runs/demo").glob(f"{images.name}-????????_32-pixels_{vae.name}")
     facts = json.loads((folder / "latents/latents.json").read_text())
     assert facts["num_classes"] == 3 and facts["vae"] == str(vae)
     for run in folder.glob("SiT-Ti-4_*"):
         about = json.loads((run / "6.json").read_text())
-        assert about["reference"] == str(images) and about["count"] == 6
+        assert about["reference"] == str((folder / "latents/images.npy").resolve()) and about["count"] == 6
     assert not list(folder.glob("images")) and "| REPA |" in out
+
+
+def test_what_is_not_mixed_up(bench, images, tmp_path):
+    """Other images in a folder of the same name, also with the same names; a detector; a file that a flag
+    names; what is damaged is said to be."""
+    flags = ("--images-from", tmp_path / "mine", "--variant", "a: --label-dropout 0")
+    shutil.copytree(images, tmp_path / "mine")
+    status, first, err, trained = bench(*flags)
+    assert status == 0 and len(trained) == 2, err
+    status, again, _, trained = bench(*flags)
+    assert status == 0 and not trained and cells(again) == cells(first)
+    shutil.copy("tests/data/detector.pt2", "other.pt2")
+    status, out, _, trained = bench(*flags, "--detector", "other.pt2")
+    assert status == 0 and cells(out) == cells(first) and "feature space of other.pt2" in out
+    (folder,) = Path("runs/demo").glob("mine-*")
+    assert len(trained) == 2 and len([*folder.glob("SiT*/6_*.json")]) == 2
+    (log,) = folder.glob("*plain/log.jsonl")
+    log.write_text("")
+    assert "is damaged" in message(bench(*flags)[2])
+    for path in (tmp_path / "mine").rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    status, out, err, trained = bench(*flags)
+    assert status == 0 and len(trained) == 2 and cells(out) != cells(first), err
+    assert len([*Path("runs/demo").glob("mine-*")]) == 2
 
 
 BAD = [  # flags, what is said
@@ -152,7 +176,11 @@ BAD = [  # flags, what is said
     (("--variant", "a: --vae-repa-depth 99"), "vae_repa depth 99"),
     (("--variant", "a: --tune-vae"), "--tune-vae needs REPA"),
     (("--variant", "a: --lr inf"), "/output.txt train.py: error: weights are not finite"),
-    (("--images", 15), "draw_images.py failed"), (("--images-from", "nowhere"), "extract_latents.py failed"),
+    (("--variant", "a: --log-every 7"), "cannot have --log-every"),
+    (("--variant", "a: -h"), "cannot have -h"), (("--variant", "a\nb: --lr 1"), "--variant"),
+    (("--variant", "a: --init tests/demo.py", "--variant", "b: --init ./tests/demo.py"), "b and a have"),
+    (("--images", 15), "draw_images.py failed"), (("--images-from", "nowhere"), "nowhere"),
+    (("--detector", "nowhere.pt2"), "nowhere.pt2"), (("--samples", 3), "at least 4"),
     (("--seeds", 0), "--seeds")]
 
 
@@ -165,7 +193,7 @@ def test_bad_flags(bench, flags, says):
 
 def test_the_picture(tmp_path, monkeypatch, capsys):
     """The differences, if there is matplotlib; if not, what to do."""
-    measured = {name: np.random.default_rng(i).normal(size=(3, 4)) for i, name in enumerate("abc")}
+    measured = {name: np.random.default_rng(len(name)).normal(size=(3, 4)) for name in ("a", "$\\b$", "cc")}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         demo.draw(measured, tmp_path / "a.png")
