@@ -9,8 +9,7 @@ give; each is printed. What any flags of train.py do, those of your own loss, to
     python tests/demo.py --seeds 5 --variant "VAE-REPA:" --variant "depth 1: --vae-repa-depth 1"
 
 which trains plain SiT and each NAME: FLAGS. Everything goes to runs/demo. If interrupted, run the same
-command again; what is there is not made again. REPA gets the classifier that measures the samples as its
-encoder, which flatters it.
+command again; what is there is not made again.
 """
 
 import argparse
@@ -52,24 +51,27 @@ from extract_latents import (  # noqa: E402
     write_json,
 )
 from models import SiT_models, load_program  # noqa: E402
+from sample import newest  # noqa: E402
 
 # title, decimals to show, whether more is better (1), less (-1), or neither (0)
 METRICS = {"denoising": ("denoising loss", 4, -1), "FID": ("Fréchet distance", 2, -1),
            "sFID": ("Fréchet, spatial", 3, -1), "IS": ("IS", 2, 1)}
 VAE, DETECTOR, SIZE = "tests/data/vae", "tests/data/detector.pt2", 64
-SCRIPTS = ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py")
+SCRIPTS, FLAGS = ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py"), "set of flags"
 CAPTION = """
-Denoising loss: the mean of the last 100 training steps. The others: {samples} samples without guidance
-against the images trained on, in the feature space of {detector}: no number here is
-an FID on ImageNet."""
-OF_SEEDS = """After ± stands the standard deviation over seeds. Differences are from the first, within a seed:
-their mean ± its standard error, and in how many seeds it is better; bold: chance alone gives as
-much once in 20 times.
+Denoising loss: the mean of the last 100 training steps; it compares runs on the same latents only.
+The others: {samples} samples without guidance against the images trained on (to copy these would be
+best), in features {features}.
+These are no FIDs on ImageNet."""
+OF_DRAWN = "of a small classifier of drawn shapes, which is also REPA's encoder and flatters it"
+OF_SEEDS = """± is the standard deviation over seeds. A difference is a value minus the first row's of the same
+seed: the mean over seeds ± its standard error, and in how many seeds it is better. Bold: its 95 %
+interval (Student's t) excludes 0, as it does in 1 of 20 cells without any effect.
 """
 
 
 def start(command, log=None):
-    """Start a script; if two run side by side, each gets half of the threads and adds its output to `log`."""
+    """Start a script. With a log, its output is added there, and it gets half of the threads."""
     command = [str(word) for word in command]
     line = f"$ python {shlex.join(command)}"
     tqdm.write(line)
@@ -87,24 +89,25 @@ def side_by_side(jobs, steps):
 
     jobs: {folder: (its `record`, commands, of which the first trains so many steps)}.
     """
-    waiting, running = [(folder, *job) for folder, job in jobs.items()], []  # running: (process, such a job)
+    waiting, running = [(folder, *job) for folder, job in jobs.items()], []  # running: (process, one of them)
     try:
         with tqdm(total=len(jobs) * steps, desc="training", unit="step", disable=not jobs) as bar:
             while waiting or running:
-                for process, (folder, record, commands) in [x for x in running if x[0].poll() is not None]:
-                    running.remove((process, (folder, record, commands)))
+                for job in [job for job in running if job[0].poll() is not None]:
+                    running.remove(job)
+                    process, (folder, made_of, commands) = job
                     if process.returncode:
                         log = folder / "output.txt"
                         _, _, said = log.read_text(errors="replace").rpartition("$ python ")
                         said = [line for line in said.splitlines() if "error: " in line][-1:]
                         fail(f"status {process.returncode} of the last command in {log} {''.join(said)}")
                     if commands:
-                        waiting.insert(0, (folder, record, commands))
+                        waiting.insert(0, (folder, made_of, commands))
                 while waiting and len(running) < 2:
-                    folder, record, (command, *commands) = waiting.pop(0)
-                    if not (folder / "state.pt").exists():
-                        write_json(folder / "made_of.json", record)
-                    running.append((start(command, folder / "output.txt"), (folder, record, commands)))
+                    folder, made_of, (command, *commands) = waiting.pop(0)
+                    if not (folder / "state.pt").exists():  # files may have changed since the demo began
+                        write_json(folder / "made_of.json", record(made_of[FLAGS], made_of.keys() - {FLAGS}))
+                    running.append((start(command, folder / "output.txt"), (folder, made_of, commands)))
                 time.sleep(0.5)
                 bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n)
     finally:
@@ -116,25 +119,29 @@ def side_by_side(jobs, steps):
             process.wait()
 
 
-def record(flags, files=(), scripts=()):
-    """What decides a run: its flags, any dictionary, and the contents of scripts and files."""
-    files = (*SCRIPTS, *scripts, *filter(os.path.isfile, files))
-    return json.loads(json.dumps({"its flags": flags, **{str(name): content_id(name) for name in files}}))
+def record(flags, files):
+    """What decides a run, {name: value}: its flags, any dictionary, and the contents of files."""
+    return json.loads(json.dumps({FLAGS: flags, **{str(name): content_id(name) for name in files}}))
 
 
-def say_what_is_old(records):
-    """Name the runs that were begun with something else than today's `record`; records: {folder: it}."""
+def say_what_is_old(records, steps):
+    """Name the runs that other files began than today's. Fails if one had other flags, or is to go on.
+
+    records: {folder: its `record` as it is now}.
+    """
     old, changed = [], set()
     for folder, now in records.items():
-        if (folder / "state.pt").exists():
+        if (folder / "state.pt").exists() or [*folder.glob("[0-9]*.json")]:
             file = folder / "made_of.json"
             then = json.loads(file.read_text()) if file.exists() else {}
             if differ := {name for name in {**now, **then} if now.get(name) != then.get(name)}:
                 old.append(str(folder))
                 changed |= differ
+                if then and FLAGS in differ or steps not in read_log(folder):
+                    fail(f"{folder} was begun with another {min(differ)}; remove it, to begin anew")
     if old:
         print(f"{len(old)} of {len(records)} runs were begun before {', '.join(sorted(changed))} changed. "
-              f"To have them made anew, remove them:\n  rm -r {shlex.join(old)}")
+              f"Keep them if that cannot matter to them; else, in {ROOT}:\n  rm -r {shlex.join(old)}")
 
 
 # ---- What is compared
@@ -143,14 +150,14 @@ def say_what_is_old(records):
 def data_folder(args):
     """Where everything goes that is made of these images."""
     name, own = f"{args.images}-images", args.images_from
-    if own:  # they may change, and others be in a folder of that name
+    if own:  # its files may change, and another folder may have the same name
         files = [(os.path.relpath(path, own), os.stat(path)) for path in list_images(own)[1]]
         known = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
         name = f"{Path(own).resolve().name}-{hashlib.sha256(str(known).encode()).hexdigest()[:8]}"
     if args.image_size != SIZE:
         name += f"_{args.image_size}-pixels"
     if args.vae != VAE:
-        name += f"_{Path(args.vae).name}"
+        name += f"_{Path(args.vae).name}" + f"-{content_id(args.vae)}"[:9] * os.path.isdir(args.vae)
     return Path("runs/demo", name)
 
 
@@ -169,6 +176,7 @@ def prepare(args, data):
                 fail(f"{command[0]} failed")
         finally:
             running.terminate()
+            running.wait()
 
 
 def variant(text):
@@ -183,31 +191,32 @@ def variant(text):
 
 
 def read_flags(args, data, name, flags):
-    """(what train.py makes of the flags of all runs and a variant's, these flags); fails as it does."""
+    """(train.py's settings, flags) of a variant's flags and those that all have; fails where it would."""
     flags = ["--data", data / "latents", "--model", args.model, "--max-steps", args.steps, "--batch-size", 32,
              "--lr", 2e-3, "--ema-decay", 0.99, "--repa-encoder", encoder_of(args),
-             "--log-every", math.gcd(args.steps, 100), "--sample-every", max(args.steps // 2, 1),
+             "--log-every", math.gcd(args.steps, 10), "--sample-every", max(args.steps // 2, 1),
              "--ckpt-every", max(args.steps // 7, 1), *flags]
-    me, sys.argv = sys.argv, [f"--variant {name}".replace("/", "-"), *map(str, flags)]
+    me, sys.argv = sys.argv, [f"--variant {name}".replace("/", "-"), *map(str, flags)]  # errors begin with it
     settings, sys.argv = train.parse_args(), me
     return settings, flags
 
 
 def find_runs(args, data):
-    """Plain SiT and each variant, {name: (settings, flags of train.py, what its folders are called)}.
+    """The base and each variant, {name: (settings, flags of train.py, what its folders are called)}.
 
     A folder is called by what the flags mean, so that a run is found under another name, too.
     """
-    default, _ = read_flags(args, data, "", ())
-    default, runs = SimpleNamespace(get_default=vars(default).get), {}
-    for name, flags in ((args.model, ["--vae-repa-depth", "0"]), *(args.variant or [("VAE-REPA", [])])):
+    settings, _ = read_flags(args, data, "", ())
+    defaults, runs = SimpleNamespace(get_default=vars(settings).get), {}
+    base = args.base or (args.model, ["--vae-repa-depth", "0"])
+    for name, flags in (base, *(args.variant or [("VAE-REPA", [])])):
         if name in runs:
             fail(f"two variants are called {name}")
-        taken = {"--data", "--run-dir", "--seed", "--max-steps", "--log-every", "-h", "--help"}
+        taken = {"--model", "--data", "--run-dir", "--seed", "--max-steps", "--log-every", "-h", "--help"}
         if taken := taken & {word.split("=")[0] for word in flags}:
             fail(f"--variant {name} cannot have {min(taken)}: the demo gives it")
         settings, flags = read_flags(args, data, name, flags)
-        called = named_by_flags("", settings, default, ("run_dir",))
+        called = named_by_flags("", settings, defaults, ("run_dir",))
         called = {"": "_vae-repa", "_vae-repa-depth-0": "_plain"}.get(called, called)
         runs[name] = settings, flags, called
         for other, (same, _, its) in runs.items():
@@ -217,7 +226,7 @@ def find_runs(args, data):
 
 
 def duration(settings):
-    """What takes longer is larger."""
+    """To sort by: larger for runs that take longer."""
     return settings.tune_vae, settings.repa_depth > 0, settings.sra_depth > 0, settings.vae_repa_depth > 0
 
 
@@ -229,13 +238,17 @@ def commands_of(args, data, folder, seed, flags, guidance=2.5):
         ("train.py", *flags, "--run-dir", folder, "--seed", seed),
         (*sample, "--num-steps", 50, "--cfg-scale", guidance, "--out", folder / "grid.png"),
         (*sample, "--num-steps", 30, "--num-samples", args.samples, "--out", samples),
-        ("fid.py", samples, "--ref", data / "latents/images.npy", "--json", metrics_of(args, folder),
-         "--detector", args.detector, "--num-workers", 1)]
+        ("fid.py", samples, *compared_with(args, data), "--json", metrics_of(args, folder))]
+
+
+def compared_with(args, data):
+    """fid.py's flags for all."""
+    detector = () if args.detector == "inception" else ("--detector", args.detector)
+    return "--ref", data / "latents/images.npy", *detector, "--num-workers", 1
 
 
 def metrics_of(args, folder):
-    other = "" if args.detector == DETECTOR else f"_{content_id(args.detector)}"
-    return folder / f"{args.samples}{other}.json"
+    return folder / f"{args.samples}_{content_id(args.detector) or args.detector}.json"
 
 
 class Encoder(torch.nn.Module):
@@ -261,7 +274,7 @@ def encoder_of(args):
 
 
 def read_log(folder):
-    """The denoising loss that a run has logged so far, {step: loss}; a resumed run repeats steps."""
+    """The denoising loss that a run has logged so far, {step: loss}."""
     log = folder / "log.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else ()  # whole ones
     return {line["step"]: line["denoising"] for line in map(json.loads, lines)}
@@ -339,24 +352,25 @@ def draw(measured, path, metrics=METRICS):
 
 
 def add_flags(parser):
-    """Those of tests/repa_e.py, too."""
+    """The flags that tests/repa_e.py has, too."""
     add = parser.add_argument
     add("--steps", type=positive_int, default=1400, help="to train")
     add("--images", type=positive_int, default=2000, help="to draw, a multiple of 10")
     add("--images-from", metavar="FOLDER", help="or your own, in a folder for each class")
     add("--image-size", type=positive_int, default=SIZE, help="side in pixels")
     add("--vae", default=VAE, help="of extract_latents.py (default: one of drawn shapes)")
-    add("--detector", default=DETECTOR, help="of fid.py (default: one of drawn shapes)")
+    add("--detector", default=DETECTOR,
+        help="of fid.py, or inception, which is downloaded (default: one of drawn shapes)")
 
 
 def in_root(parser):
-    """Its arguments, with paths from this repository's folder, where all commands run."""
+    """Parse the arguments; paths become those from this repository's folder, where all commands run."""
     args = parser.parse_args()
     for name in ("images_from", "vae", "detector"):
         path = getattr(args, name)
         if path != parser.get_default(name) and os.path.exists(path):
             setattr(args, name, os.path.relpath(path, ROOT))
-    if not Path(ROOT, args.detector).exists():
+    if args.detector != "inception" and not Path(ROOT, args.detector).exists():
         fail(f"--detector {args.detector} is not there")
     return args
 
@@ -366,13 +380,14 @@ def parse_args():
     add = parser.add_argument
     add("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
     add("--variant", type=variant, action="append", metavar='"NAME: FLAGS"',
-        help="flags of train.py to compare with plain SiT; may be repeated (default: VAE-REPA alone)")
+        help="flags of train.py, with paths from its folder; may be repeated (default: VAE-REPA alone)")
+    add("--base", type=variant, metavar='"NAME: FLAGS"', help="what to compare with (default: plain SiT)")
     add("--model", choices=SiT_models, default="SiT-Ti/2", metavar="SIZE", help="to train")
     add("--samples", type=positive_int, default=500, help="of each run to measure")
     add_flags(parser)
     args = in_root(parser)
     if args.samples < 4:
-        fail("--samples must be at least 4, of which fid.py can measure something")
+        fail("--samples must be at least 4: fid.py needs that many")
     return args
 
 
@@ -389,18 +404,20 @@ def main():
     for settings, _, _ in runs.values():
         train.build(settings, facts)  # a depth, say, fails now rather than when its turn comes
 
-    model = args.model.replace("/", "-")
+    parser, model = train.make_parser(), args.model.replace("/", "-")
     folders, records, jobs = {}, {}, {}
     for name, seed in itertools.product(runs, range(args.seeds)):
         settings, flags, called = runs[name]
         folders[name, seed] = folder = data / f"{model}_{args.steps}-steps_seed-{seed}{called}"
-        decides = {key: x for key, x in vars(settings).items() if key not in train.FREE}
-        files = (settings.init, settings.disc_init, settings.repa_depth and settings.repa_encoder)
-        records[folder] = record(decides, filter(None, files))
+        decides = {key: x for key, x in vars(settings).items()  # a flag that is new to train.py is left out
+                   if key not in train.FREE and x != parser.get_default(key)}
+        files = (settings.init and newest(settings.init), settings.disc_init,
+                 settings.repa_depth and settings.repa_encoder)
+        records[folder] = record(decides, (*SCRIPTS, *filter(None, files)))
         if not metrics_of(args, folder).exists():
             guidance = 2.5 if settings.label_dropout else 1
             jobs[folder] = duration(settings), -seed, commands_of(args, data, folder, seed, flags, guidance)
-    say_what_is_old(records)
+    say_what_is_old(records, args.steps)
     longest_first = sorted(jobs, key=lambda folder: jobs[folder][:2], reverse=True)
     side_by_side({folder: (records[folder], jobs[folder][2]) for folder in longest_first}, args.steps)
 
@@ -408,13 +425,13 @@ def main():
     metrics = {key: x for key, x in METRICS.items() if all(key in each for each in found.values())}
     measured = {name: np.array([[found[name, seed][key] for key in metrics] for seed in range(args.seeds)])
                 for name in runs}
-    detector = "a small classifier of drawn shapes" if args.detector == DETECTOR else args.detector
-    print(CAPTION.format(samples=args.samples, detector=detector), OF_SEEDS if args.seeds > 1 else "",
-          table(measured, metrics), "", sep="\n")
+    own = args.detector == DETECTOR
+    print(CAPTION.format(samples=args.samples, features=OF_DRAWN if own else f"of {args.detector}"),
+          OF_SEEDS if args.seeds > 1 else "", table(measured, metrics), "", sep="\n")
     if args.seeds > 1:
         draw(measured, data / f"{model}_{args.steps}-steps.png", metrics)
-    say_what_is_old(records)
-    print("Samples are in grid.png, a row per class, and from during training in samples/, of")
+    say_what_is_old(records, args.steps)
+    print("Each of these has grid.png, a row for each of up to 10 classes, and samples/, from training:")
     print(*records, f"{time.perf_counter() - started:.0f} s in all", sep="\n")
 
 

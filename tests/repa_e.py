@@ -16,6 +16,7 @@ command again. tests/PAPERS.md has what came out.
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -30,9 +31,12 @@ from torch.distributed.nn.functional import all_reduce
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from demo import (  # noqa: E402
+    DETECTOR,
     OF_SEEDS,
+    SCRIPTS,
     Encoder,
     add_flags,
+    compared_with,
     data_folder,
     encoder_of,
     in_root,
@@ -47,7 +51,7 @@ from figures import total_variation, variance  # noqa: E402
 
 import models  # noqa: E402
 import train  # noqa: E402  (these are found only now)
-from extract_latents import Latents, Parser, fail, positive_int, run  # noqa: E402
+from extract_latents import Latents, Parser, content_id, fail, positive_int, run  # noqa: E402
 from sample import save_grid  # noqa: E402
 
 TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
@@ -122,32 +126,34 @@ COLUMNS = {"variance": ("variance", 2, 0), "variation": ("total variation", 1, 0
 
 
 def commands_of(args, data, folder, seed, method):
-    """Train, sample, and extract and reconstruct with the run's own VAE."""
+    """Train and sample; encode and reconstruct the images with the run's own VAE; measure both."""
     flags, checkpoint = METHODS[method], folder / "checkpoints" / f"{args.steps:07d}"
     vae = f"{checkpoint}-vae" if flags else args.vae
     if flags:  # the KL is a sum over an image's latent, all else a mean: as 1e-6 at 256 pixels
         flags = (*flags, "--kl-weight", 1e-6 * (256 / args.image_size) ** 2)
-    compare = ("--ref", data / "latents/images.npy", "--detector", args.detector, "--num-workers", 1)
     return [
         ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
          folder, "--model", "SiT-Ti/2", *flags, "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
          encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
-         "--log-every", args.steps // 10 or 1, "--sample-every", args.steps, "--seed", seed),
+         "--log-every", math.gcd(args.steps, 10), "--sample-every", args.steps, "--seed", seed),
         ("extract_latents.py", "--images", args.images_from or data / "images", "--out", folder / "latents",
          "--vae", vae, "--image-size", args.image_size, "--reconstruct", "--num-workers", 1),
         ("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500,
          "--seed", seed, "--out", folder / "500.npz"),
-        ("fid.py", folder / "500.npz", *compare, "--json", folder / "500.json"),
-        ("fid.py", folder / "latents/reconstructions.npy", *compare, "--json", folder / "rfid.json")]
+        ("fid.py", folder / "500.npz", *compared_with(args, data), "--json", folder / "500.json"),
+        ("fid.py", folder / "latents/reconstructions.npy", *compared_with(args, data), "--json",
+         folder / "500_rfid.json")]
 
 
 def results(folder):
     """A run's COLUMNS, a list."""
     latents = Latents(folder / "latents")
     z = latents.read(range(latents.facts["count"]))["mean"] / torch.from_numpy(latents.scale)
-    last = json.loads((folder / "log.jsonl").read_text().split("\n")[-2])
-    metrics = [json.loads((folder / name).read_text())["FID"] for name in ("500.json", "rfid.json")]
-    return [variance(z), total_variation(z), -last["repa"], last["denoising"], *metrics]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    repa, denoising = (np.mean([line[name] for line in log if line["step"] > log[-1]["step"] - 100])
+                       for name in ("repa", "denoising"))
+    metrics = [json.loads((folder / name).read_text())["FID"] for name in ("500.json", "500_rfid.json")]
+    return [variance(z), total_variation(z), -repa, denoising, *metrics]
 
 
 def parse_args():
@@ -183,16 +189,17 @@ def compare(args):
     if not encoder_of(args).exists():
         export(Encoder(), encoder_of(args), args.image_size)
     out = Path("runs/repa-e", data.name)
+    if args.detector != DETECTOR:
+        out = out.with_name(f"{out.name}_{content_id(args.detector)}")
+    args.methods = [method for method in METHODS if method in args.methods]
     folders, records, jobs = {}, {}, {}
-    for method, seed in itertools.product(sorted(args.methods, key=lambda x: METHODS[x] == ()),
-                                          range(args.seeds)):  # what takes longest comes first
+    for method, seed in itertools.product(args.methods[::-1], range(args.seeds)):  # the longest come first
         folders[method, seed] = folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps_seed-{seed}"
         commands = commands_of(args, data, folder, seed, method)
-        records[folder] = record({"command": [*map(str, commands[0])]}, [encoder_of(args), args.detector],
-                                 ["tests/repa_e.py"])
-        if not (folder / "rfid.json").exists():
+        records[folder] = record([*map(str, commands[0])], [*SCRIPTS, "tests/repa_e.py", encoder_of(args)])
+        if not (folder / "500_rfid.json").exists():
             jobs[folder] = records[folder], commands
-    say_what_is_old(records)
+    say_what_is_old(records, args.steps)
     side_by_side(jobs, args.steps)
 
     measured = {method: np.array([results(folders[method, seed]) for seed in range(args.seeds)])
@@ -205,7 +212,7 @@ def compare(args):
         rebuilt = np.load(folders[method, 0] / "latents/reconstructions.npy", mmap_mode="r")
         pictures.append(rebuilt[shown])
     save_grid(np.concatenate(pictures), len(shown), out / "reconstructions.png")
-    say_what_is_old(records)
+    say_what_is_old(records, args.steps)
     print(f"{out / 'reconstructions.png'}; {time.perf_counter() - started:.0f} s in all")
 
 

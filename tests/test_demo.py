@@ -13,12 +13,16 @@ from types import SimpleNamespace
 import demo
 import numpy as np
 import pytest
-from conftest import ROOT, cli, message, process
+import torch
+from conftest import DETECTOR, ROOT, cli, message, process
 from PIL import Image
 from scipy import stats
 
+from extract_latents import content_id
+
 SMALL = ("--images", 20, "--image-size", 32, "--steps", 2, "--samples", 6, "--model", "SiT-Ti/4")
 RUNS = Path("runs/demo/20-images_32-pixels")
+METRICS = f"6_{content_id(DETECTOR)}.json"
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_variants(bench):
     for name, run in {"SiT-Ti/4": "plain", "mine": "vae-repa-loss-l1_lr-0.0001"}.items():
         folders = [RUNS / f"SiT-Ti-4_2-steps_seed-{seed}_{run}" for seed in (0, 1)]
         found = [[np.mean([json.loads(line)["denoising"] for line in open(folder / "log.jsonl")]),
-                  *(json.loads((folder / "6.json").read_text())[key] for key in ("FID", "sFID", "IS"))]
+                  *(json.loads((folder / METRICS).read_text())[key] for key in ("FID", "sFID", "IS"))]
                  for folder in folders]
         shown = [float(cell.split(" ± ")[0]) for cell in rows[name]]
         assert shown == pytest.approx(np.mean(found, axis=0), rel=2e-3, abs=0.006)
@@ -124,7 +128,8 @@ def test_variants(bench):
     assert status == 0 and trained == ["0_vae-repa-layers-3"], err
     (said,) = {line for line in out.splitlines() if "changed" in line}
     assert said.startswith("2 of 3 runs were begun before train.py changed.")
-    assert {*re.findall(r"seed-(\S+)", out[out.index("rm -r"):].split("\n")[0])} == {runs[0], runs[2]}
+    (listed,) = {line for line in out.splitlines() if "rm -r" in line}
+    assert {*re.findall(r"seed-(\S+)", listed)} == {runs[0], runs[2]}
     assert rows["mine"] != {row[0]: row[1:] for row in cells(out)}["again"]  # which is of one seed
 
 
@@ -133,13 +138,25 @@ def test_own_images(bench, images, vae, tmp_path):
     status, out, err, trained = bench("--images-from", images, "--vae", vae,
                                       "--variant", "REPA: --repa-depth 2")
     assert status == 0 and trained == ["0_repa-depth-2", "0_plain"], err
-    (folder,) = Path("runs/demo").glob(f"{images.name}-????????_32-pixels_{vae.name}")
+    (folder,) = Path("runs/demo").glob(f"{images.name}-????????_32-pixels_{vae.name}-????????")
     facts = json.loads((folder / "latents/latents.json").read_text())
     assert facts["num_classes"] == 3 and facts["vae"] == str(vae)
     for run in folder.glob("SiT-Ti-4_*"):
-        about = json.loads((run / "6.json").read_text())
+        about = json.loads((run / METRICS).read_text())
         assert about["reference"] == str((folder / "latents/images.npy").resolve()) and about["count"] == 6
     assert not list(folder.glob("images")) and "| REPA |" in out
+
+
+class Mean(torch.nn.Module):
+    """A detector with features alone: the mean colours of an image's quarters."""
+
+    def forward(self, images):
+        return {"features": torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)}
+
+
+def export_tiny_detector(path):
+    example, n = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.export.Dim("n", min=1, max=2**16)
+    torch.export.save(torch.export.export(Mean(), (example,), dynamic_shapes=({0: n},), strict=False), path)
 
 
 def test_what_is_not_mixed_up(bench, images, tmp_path):
@@ -151,11 +168,12 @@ def test_what_is_not_mixed_up(bench, images, tmp_path):
     assert status == 0 and len(trained) == 2, err
     status, again, _, trained = bench(*flags)
     assert status == 0 and not trained and cells(again) == cells(first)
-    shutil.copy("tests/data/detector.pt2", "other.pt2")
-    status, out, _, trained = bench(*flags, "--detector", "other.pt2")
-    assert status == 0 and cells(out) == cells(first) and "feature space of other.pt2" in out
+    export_tiny_detector("other.pt2")
+    status, out, err, trained = bench(*flags, "--detector", "other.pt2")
+    assert status == 0 and "features of other.pt2" in out, err
+    assert [row[:2] for row in cells(out)] == [row[:2] for row in cells(first)] and len(cells(out)[0]) == 3
     (folder,) = Path("runs/demo").glob("mine-*")
-    assert len(trained) == 2 and len([*folder.glob("SiT*/6_*.json")]) == 2
+    assert len(trained) == 2 and len([*folder.glob("SiT*/6_*.json")]) == 4
     (log,) = folder.glob("*plain/log.jsonl")
     log.write_text("")
     assert "is damaged" in message(bench(*flags)[2])
@@ -164,6 +182,30 @@ def test_what_is_not_mixed_up(bench, images, tmp_path):
     status, out, err, trained = bench(*flags)
     assert status == 0 and len(trained) == 2 and cells(out) != cells(first), err
     assert len([*Path("runs/demo").glob("mine-*")]) == 2
+
+
+def test_another_base_and_a_run_that_was_interrupted(bench):
+    """Differences are from --base; a run that other code began does not go on with today's."""
+    flags = ("--base", "VAE-REPA:", "--variant", "l2: --vae-repa-loss l2")
+    status, out, err, trained = bench(*flags)
+    assert status == 0 and trained == ["0_vae-repa", "0_vae-repa-loss-l2"], err
+    assert [row[0] for row in cells(out)] == ["", "VAE-REPA", "l2", "difference"]
+    folder = RUNS / "SiT-Ti-4_2-steps_seed-0_vae-repa"
+    (folder / METRICS).unlink()
+    whole, models = (folder / "log.jsonl").read_text(), Path("models.py").read_text()
+    (folder / "log.jsonl").write_text("")
+    status, out, err, trained = bench(*flags)  # train.py has nothing left to do, and writes its log again
+    assert status == 0 and trained == ["0_vae-repa"] and "changed" not in out, err
+    assert (folder / "log.jsonl").read_text() == whole
+    (folder / "log.jsonl").write_text("")
+    Path("models.py").write_text(models + "# changed")
+    status, _, err, trained = bench(*flags)
+    assert status == 2 and f"{folder} was begun with another models.py" in message(err) and not trained
+    (folder / "log.jsonl").write_text(whole)
+    Path("models.py").write_text(models)
+    record = (folder / "made_of.json").read_text()
+    (folder / "made_of.json").write_text(record.replace("0.002", "0.003"))
+    assert record.count("0.002") == 1 and "another set of flags" in message(bench(*flags)[2])
 
 
 BAD = [  # flags, what is said
@@ -177,6 +219,7 @@ BAD = [  # flags, what is said
     (("--variant", "a: --tune-vae"), "--tune-vae needs REPA"),
     (("--variant", "a: --lr inf"), "/output.txt train.py: error: weights are not finite"),
     (("--variant", "a: --log-every 7"), "cannot have --log-every"),
+    (("--base", "a: --seed 1"), "--variant a cannot have --seed"), (("--base", "a"), "--base"),
     (("--variant", "a: -h"), "cannot have -h"), (("--variant", "a\nb: --lr 1"), "--variant"),
     (("--variant", "a: --init tests/demo.py", "--variant", "b: --init ./tests/demo.py"), "b and a have"),
     (("--images", 15), "draw_images.py failed"), (("--images-from", "nowhere"), "nowhere"),
