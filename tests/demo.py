@@ -64,8 +64,8 @@ The others: {samples} samples without guidance against the images trained on (to
 best), in features {features}.
 These are no FIDs on ImageNet."""
 OF_DRAWN = "of a small classifier of drawn shapes, which is also REPA's encoder and flatters it"
-OF_SEEDS = """± is the standard deviation over seeds. A difference is a value minus the first row's of the same
-seed: the mean over seeds ± its standard error, and in how many seeds it is better. Bold: its 95 %
+OF_SEEDS = """± is the standard deviation over seeds. A difference is a value minus the first row's of the
+same seed: the mean over seeds ± its standard error, and in how many seeds it is better. Bold: its 95 %
 interval (Student's t) excludes 0, as it does in 1 of 20 cells without any effect.
 """
 
