@@ -14,7 +14,6 @@ command again; what is there is not made again.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -90,6 +89,7 @@ def side_by_side(jobs, steps):
     jobs: {folder: (its `record`, commands, of which the first trains so many steps)}.
     """
     waiting, running = [(folder, *job) for folder, job in jobs.items()], []  # running: (process, one of them)
+    trained = {}  # {folder: steps}
     try:
         with tqdm(total=len(jobs) * steps, desc="training", unit="step", disable=not jobs) as bar:
             while waiting or running:
@@ -109,7 +109,8 @@ def side_by_side(jobs, steps):
                         write_json(folder / "made_of.json", record(made_of[FLAGS], made_of.keys() - {FLAGS}))
                     running.append((start(command, folder / "output.txt"), (folder, made_of, commands)))
                 time.sleep(0.5)
-                bar.update(sum(max(read_log(folder), default=0) for folder in jobs) - bar.n)
+                trained |= {folder: max(read_log(folder), default=0) for _, (folder, *_) in running}
+                bar.update(sum(trained.values()) - bar.n)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM) if running else ():
             signal.signal(number, signal.SIG_IGN)  # a second one would leave a process behind
@@ -270,24 +271,30 @@ def encoder_of(args):
     return Path(f"runs/demo/encoder-{args.image_size}.pt2")
 
 
+def export_encoder(args):
+    if not encoder_of(args).exists():
+        export(Encoder(), encoder_of(args), args.image_size)
+
+
 # ---- The results
 
 
 def read_log(folder):
-    """The denoising loss that a run has logged so far, {step: loss}."""
+    """What a run has logged so far, {step: line}."""
     log = folder / "log.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else ()  # whole ones
-    return {line["step"]: line["denoising"] for line in map(json.loads, lines)}
+    return {line["step"]: line for line in map(json.loads, lines)}
 
 
-def results(args, folder):
-    """A run's METRICS, {name: number}, of which a --detector may not allow all."""
+def results(folder, steps, metrics):
+    """{name: number}: the means of what a run logged in its last 100 steps, and fid.py's file `metrics`."""
     try:
-        losses = read_log(folder)
-        if args.steps not in losses:
-            raise ValueError(f"log.jsonl has no step {args.steps}")
-        last = [losses[step] for step in losses if step > args.steps - 100]
-        return {"denoising": np.mean(last), **json.loads(metrics_of(args, folder).read_text())}
+        lines = read_log(folder)
+        if steps not in lines:
+            raise ValueError(f"log.jsonl has no step {steps}")
+        last = [lines[step] for step in lines if step > steps - 100]
+        return {name: np.mean([line[name] for line in last]) for name in lines[steps]} | json.loads(
+            metrics.read_text())
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{folder} is damaged ({first_line(error)}); remove it and run the same command again")
 
@@ -398,30 +405,32 @@ def main():
     data = data_folder(args)
     runs = find_runs(args, data)
     prepare(args, data)
-    if any(settings.repa_depth for settings, _, _ in runs.values()) and not encoder_of(args).exists():
-        export(Encoder(), encoder_of(args), args.image_size)
+    if any(settings.repa_depth for settings, _, _ in runs.values()):
+        export_encoder(args)
     facts = Latents(data / "latents", ["images"]).facts
     for settings, _, _ in runs.values():
         train.build(settings, facts)  # a depth, say, fails now rather than when its turn comes
 
     parser, model = train.make_parser(), args.model.replace("/", "-")
     folders, records, jobs = {}, {}, {}
-    for name, seed in itertools.product(runs, range(args.seeds)):
-        settings, flags, called = runs[name]
-        folders[name, seed] = folder = data / f"{model}_{args.steps}-steps_seed-{seed}{called}"
+    for name, (settings, flags, called) in runs.items():
         decides = {key: x for key, x in vars(settings).items()  # a flag that is new to train.py is left out
                    if key not in train.FREE and x != parser.get_default(key)}
         files = (settings.init and newest(settings.init), settings.disc_init,
                  settings.repa_depth and settings.repa_encoder)
-        records[folder] = record(decides, (*SCRIPTS, *filter(None, files)))
-        if not metrics_of(args, folder).exists():
-            guidance = 2.5 if settings.label_dropout else 1
-            jobs[folder] = duration(settings), -seed, commands_of(args, data, folder, seed, flags, guidance)
+        made_of = record(decides, (*SCRIPTS, *filter(None, files)))
+        guidance = 2.5 if settings.label_dropout else 1
+        for seed in range(args.seeds):
+            folders[name, seed] = folder = data / f"{model}_{args.steps}-steps_seed-{seed}{called}"
+            records[folder] = made_of
+            if not metrics_of(args, folder).exists():
+                commands = commands_of(args, data, folder, seed, flags, guidance)
+                jobs[folder] = duration(settings), -seed, commands
     say_what_is_old(records, args.steps)
     longest_first = sorted(jobs, key=lambda folder: jobs[folder][:2], reverse=True)
     side_by_side({folder: (records[folder], jobs[folder][2]) for folder in longest_first}, args.steps)
 
-    found = {run: results(args, folder) for run, folder in folders.items()}
+    found = {run: results(folder, args.steps, metrics_of(args, folder)) for run, folder in folders.items()}
     metrics = {key: x for key, x in METRICS.items() if all(key in each for each in found.values())}
     measured = {name: np.array([[found[name, seed][key] for key in metrics] for seed in range(args.seeds)])
                 for name in runs}

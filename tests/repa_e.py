@@ -15,7 +15,6 @@ command again. tests/PAPERS.md has what came out.
 """
 
 import itertools
-import json
 import math
 import os
 import signal
@@ -34,19 +33,19 @@ from demo import (  # noqa: E402
     DETECTOR,
     OF_SEEDS,
     SCRIPTS,
-    Encoder,
     add_flags,
     compared_with,
     data_folder,
     encoder_of,
+    export_encoder,
     in_root,
     prepare,
     record,
+    results,
     say_what_is_old,
     side_by_side,
     table,
 )
-from export_encoder import export  # noqa: E402
 from figures import total_variation, variance  # noqa: E402
 
 import models  # noqa: E402
@@ -145,15 +144,12 @@ def commands_of(args, data, folder, seed, method):
          folder / "500_rfid.json")]
 
 
-def results(folder):
+def columns(folder, steps):
     """A run's COLUMNS, a list."""
     latents = Latents(folder / "latents")
     z = latents.read(range(latents.facts["count"]))["mean"] / torch.from_numpy(latents.scale)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    repa, denoising = (np.mean([line[name] for line in log if line["step"] > log[-1]["step"] - 100])
-                       for name in ("repa", "denoising"))
-    metrics = [json.loads((folder / name).read_text())["FID"] for name in ("500.json", "500_rfid.json")]
-    return [variance(z), total_variation(z), -repa, denoising, *metrics]
+    drawn, rebuilt = (results(folder, steps, folder / name) for name in ("500.json", "500_rfid.json"))
+    return [variance(z), total_variation(z), -drawn["repa"], drawn["denoising"], drawn["FID"], rebuilt["FID"]]
 
 
 def parse_args():
@@ -186,8 +182,7 @@ def compare(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops what runs
     data, started = data_folder(args), time.perf_counter()
     prepare(args, data)
-    if not encoder_of(args).exists():
-        export(Encoder(), encoder_of(args), args.image_size)
+    export_encoder(args)
     out = Path("runs/repa-e", data.name)
     if args.detector != DETECTOR:
         out = out.with_name(f"{out.name}_{content_id(args.detector)}")
@@ -202,7 +197,7 @@ def compare(args):
     say_what_is_old(records, args.steps)
     side_by_side(jobs, args.steps)
 
-    measured = {method: np.array([results(folders[method, seed]) for seed in range(args.seeds)])
+    measured = {method: np.array([columns(folders[method, seed], args.steps) for seed in range(args.seeds)])
                 for method in args.methods}
     print(OF_SEEDS if args.seeds > 1 else "", table(measured, COLUMNS), "", sep="\n")
     latents = Latents(data / "latents", extras=["images"])
