@@ -253,7 +253,8 @@ def metrics_of(args, folder):
 
 
 class Encoder(torch.nn.Module):
-    """The classifier's last map as REPA's tokens: uint8 images (B, 3, S, S) -> (B, (S/16)^2, 96)."""
+    """REPA's tokens, uint8 images (B, 3, S, S) -> (B, (S/16)^2, 96): the classifier's last map but one. The
+    last says little beside the class, which SiT knows without it."""
 
     def __init__(self):
         super().__init__()
@@ -262,7 +263,7 @@ class Encoder(torch.nn.Module):
 
     def forward(self, images):
         x = images.float() / 127.5 - 1
-        for conv, norm in zip(self.detector.convs, self.detector.norms):
+        for conv, norm in zip(self.detector.convs[:-1], self.detector.norms):
             x = F.silu(norm(conv(x)))
         return x.flatten(2).transpose(1, 2)
 

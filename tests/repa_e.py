@@ -7,11 +7,12 @@ tunes it, too) or no-batch-norm (latents are normalised by the first VAE's stati
 
     python tests/repa_e.py --seeds 5  # or of fewer --methods
 
-compares them on the demo's images, an hour a seed on 2 cores: it trains SiT with REPA with a fixed VAE, with
---tune-vae, and as above. REPA's encoder is the classifier of tests/data/detector.pt2, cut before its mean
-over places; LPIPS is off for want of weights, the GAN for want of time. It prints a table and draws
-reconstructions.png, a row of images and one for each VAE, into runs/repa-e. If interrupted, run the same
-command again. tests/PAPERS.md has what came out.
+compares them on the demo's images, 70 minutes a seed on 2 cores: it trains SiT with REPA with a fixed VAE,
+with --tune-vae, with that but no alignment loss on the VAE, and as above. REPA's encoder is the classifier of
+tests/data/detector.pt2, cut before its last convolution; LPIPS is off for want of weights, the GAN for want
+of time. It prints a table and draws into runs/repa-e: reconstructions.png, a row of images and one for each
+VAE, and samples.png, a row for each SiT. If interrupted, run the same command again. tests/PAPERS.md has what
+came out.
 """
 
 import itertools
@@ -55,6 +56,7 @@ from sample import save_grid  # noqa: E402
 
 TUNED = ("--lpips-weight", 0, "--gan-weight", 0)
 METHODS = {"fixed VAE": (), "REPA-E": ("--tune-vae", *TUNED),
+           "without alignment": ("--tune-vae", "--tune-repa-weight", 0, *TUNED),
            "diffusion loss": ("--variant", "diffusion-loss", *TUNED),
            "without stop-gradient": ("--variant", "no-stop-gradient", *TUNED),
            "without batch norm": ("--variant", "no-batch-norm", *TUNED)}
@@ -202,13 +204,15 @@ def compare(args):
     print(OF_SEEDS if args.seeds > 1 else "", table(measured, COLUMNS), "", sep="\n")
     latents = Latents(data / "latents", extras=["images"])
     _, shown = np.unique(latents.labels, return_index=True)  # an image of each class
-    pictures = [latents.arrays["images"][shown]]
+    pictures, samples = [latents.arrays["images"][shown]], []
     for method in args.methods:
-        rebuilt = np.load(folders[method, 0] / "latents/reconstructions.npy", mmap_mode="r")
-        pictures.append(rebuilt[shown])
+        folder = folders[method, 0]
+        pictures.append(np.load(folder / "latents/reconstructions.npy", mmap_mode="r")[shown])
+        samples.append(np.load(folder / "500.npz")["arr_0"][:16])
     save_grid(np.concatenate(pictures), len(shown), out / "reconstructions.png")
+    save_grid(np.concatenate(samples), 16, out / "samples.png")
     say_what_is_old(records, args.steps)
-    print(f"{out / 'reconstructions.png'}; {time.perf_counter() - started:.0f} s in all")
+    print(f"{out}/reconstructions.png, samples.png; {time.perf_counter() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import demo
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DETECTOR, ROOT, cli, message, process
 from PIL import Image
 from scipy import stats
+from train_detector import draw_set
 
 from extract_latents import content_id
 
@@ -92,6 +94,15 @@ def test_a_table_of_one_seed():
     assert rows[1:] == [["SiT", "0.5000", "4.00", "1.000", "3.00"],
                         ["mine", "0.2500", "5.00", "1.000", "2.00"],
                         ["difference", "-0.2500", "+1.00", "+0.000", "-1.00"]]
+
+
+def test_the_encoder_says_more_than_the_class():
+    """Else REPA teaches SiT little that it is not told: tokens of a class and place are not nearly the same."""
+    images, labels = draw_set(0, 200)
+    with torch.no_grad():
+        tokens = F.normalize(demo.Encoder().eval()(images), dim=-1)
+    means = torch.stack([tokens[labels == k].mean(0) for k in range(10)])
+    assert 0.4 < F.cosine_similarity(means[labels], tokens, dim=-1).mean() < 0.7
 
 
 def test_variants(bench):
