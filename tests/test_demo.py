@@ -97,7 +97,7 @@ def test_a_table_of_one_seed():
 
 
 def test_the_encoder_says_more_than_the_class():
-    """Else REPA teaches SiT little that it is not told: tokens of a class and place are not nearly the same."""
+    """Else REPA teaches SiT little that it is not told: tokens of a class at a place are not all alike."""
     images, labels = draw_set(0, 200)
     with torch.no_grad():
         tokens = F.normalize(demo.Encoder().eval()(images), dim=-1)
