@@ -7,7 +7,7 @@ tunes it, too) or no-batch-norm (latents are normalised by the first VAE's stati
 
     python tests/repa_e.py --seeds 5  # or of fewer --methods
 
-compares them on the demo's images, 70 minutes a seed on 2 cores: it trains SiT with REPA with a fixed VAE,
+compares them on the demo's images, an hour a seed on 2 cores: it trains SiT with REPA with a fixed VAE,
 with --tune-vae, with that but no alignment loss on the VAE, and as above. REPA's encoder is the classifier of
 tests/data/detector.pt2, cut before its last convolution; LPIPS is off for want of weights, the GAN for want
 of time. It prints a table and draws into runs/repa-e: reconstructions.png, a row of images and one for each
@@ -130,7 +130,7 @@ def commands_of(args, data, folder, seed, method):
     """Train and sample; encode and reconstruct the images with the run's own VAE; measure both."""
     flags, checkpoint = METHODS[method], folder / "checkpoints" / f"{args.steps:07d}"
     vae = f"{checkpoint}-vae" if flags else args.vae
-    if flags:  # the KL is a sum over an image's latent, all else a mean: as 1e-6 at 256 pixels
+    if flags:  # the KL is a sum over an image's latent, all else a mean; this is as 1e-6 at 256 pixels
         flags = (*flags, "--kl-weight", 1e-6 * (256 / args.image_size) ** 2)
     return [
         ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
