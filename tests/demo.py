@@ -253,7 +253,7 @@ def metrics_of(args, folder):
 
 
 class Encoder(torch.nn.Module):
-    """REPA's tokens, uint8 images (B, 3, S, S) -> (B, (S/16)^2, 96): the fourth of five maps of the classifier.
+    """REPA's tokens, uint8 images (B, 3, S, S) -> (B, (S/16)^2, 96): the classifier's fourth map of five.
     The fifth is mostly the mean of its class (cosine 0.83), and SiT knows the class without it."""
 
     def __init__(self):
