@@ -135,7 +135,7 @@ def commands_of(args, data, folder, seed, method):
     return [
         ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
          folder, "--model", "SiT-Ti/2", *flags, "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
-         encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", 1e-3, "--ema-decay", 0.99,
+         encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", args.lr, "--ema-decay", 0.99,
          "--log-every", math.gcd(args.steps, 10), "--sample-every", args.steps, "--seed", seed),
         ("extract_latents.py", "--images", args.images_from or data / "images", "--out", folder / "latents",
          "--vae", vae, "--image-size", args.image_size, "--reconstruct", "--num-workers", 1),
@@ -165,6 +165,7 @@ def parse_args():
         return args
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of SiT and of the VAE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="to compare")
     add_flags(parser)
     return in_root(parser)
@@ -191,7 +192,8 @@ def compare(args):
     args.methods = [method for method in METHODS if method in args.methods]
     folders, records, jobs = {}, {}, {}
     for method, seed in itertools.product(args.methods[::-1], range(args.seeds)):  # the longest come first
-        folders[method, seed] = folder = out / f"{method.replace(' ', '-')}_{args.steps}-steps_seed-{seed}"
+        name = f"{method.replace(' ', '-')}_{args.steps}-steps_lr-{args.lr:g}_seed-{seed}"
+        folders[method, seed] = folder = out / name
         commands = commands_of(args, data, folder, seed, method)
         records[folder] = record([*map(str, commands[0])], [*SCRIPTS, "tests/repa_e.py", encoder_of(args)])
         if not (folder / "500_rfid.json").exists():

@@ -725,7 +725,7 @@ def test_each_row_of_the_papers_trains(capsys, unpatched, tuning, tmp_path, line
 @pytest.mark.slow
 def test_the_comparison():
     """Its table has PAPERS.md's columns and methods, and two pictures."""
-    run = process("tests/repa_e", "--steps", 20)
+    run = process("tests/repa_e", "--steps", 20, "--lr", 1e-3)
     lines = re.findall(r"^\|.*", run.stdout, re.M)
     folder = ROOT / "runs/repa-e/2000-images"
     shown = (ROOT / "tests/PAPERS.md").read_text().splitlines()
