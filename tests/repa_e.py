@@ -135,8 +135,8 @@ def commands_of(args, data, folder, seed, method):
     return [
         ("tests/repa_e.py" if "--variant" in flags else "train.py", "--data", data / "latents", "--run-dir",
          folder, "--model", "SiT-Ti/2", *flags, "--vae-repa-depth", 0, "--repa-depth", 2, "--repa-encoder",
-         encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", args.lr, "--ema-decay", 0.99,
-         "--log-every", math.gcd(args.steps, 10), "--sample-every", args.steps, "--seed", seed),
+         encoder_of(args), "--batch-size", 32, "--max-steps", args.steps, "--lr", args.lr, "--seed", seed,
+         "--ema-decay", 0.99, "--log-every", math.gcd(args.steps, 10), "--sample-every", args.steps),
         ("extract_latents.py", "--images", args.images_from or data / "images", "--out", folder / "latents",
          "--vae", vae, "--image-size", args.image_size, "--reconstruct", "--num-workers", 1),
         ("sample.py", "--ckpt", f"{checkpoint}.pt", "--mode", "ode", "--num-steps", 30, "--num-samples", 500,
@@ -165,7 +165,7 @@ def parse_args():
         return args
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=1, help="train with seeds 0, 1, … this many")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of SiT and of the VAE")
+    parser.add_argument("--lr", type=train.nonnegative_float, default=2e-3, help="of SiT and of the VAE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="to compare")
     add_flags(parser)
     return in_root(parser)
