@@ -1,6 +1,6 @@
 """On a GPU, else skipped: training, resumed, under torchrun, compiled and in bf16, is the run of eager
-float32 to rounding, and so is attention; samples, extraction and Inception are those of float32 or the CPU;
-the benchmark runs."""
+float32 to rounding, and so is attention; samples, extraction, Inception and programs are those of float32 or
+the CPU; the benchmark runs."""
 
 import json
 from contextlib import nullcontext
@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, cli, process
+from conftest import DETECTOR, ROOT, TINY, cli, process, tiny_encoder
+from export_encoder import export
 from test_alignments import METHODS, flags_of
 from test_fid import inception  # noqa: F401  (a fixture)
-from test_repa_e import common, tuning  # noqa: F401
+from test_repa_e import Tokens, common, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
 from test_train import assert_close_run, fit, log
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 import train
 from extract_latents import init_distributed
+from models import Encoder, load_program
 
 pytestmark = pytest.mark.usefixtures("gpu")
 ROUNDED = ("--precision", "bf16", "--compile")
@@ -128,6 +131,17 @@ def test_inception(inception):  # noqa: F811
     ours, expected = deepcopy(network).to("cuda")(x.to("cuda")), network(x)
     for name, value in expected.items():
         assert (ours[name].cpu() - value).norm() < 1e-4 * value.norm(), name
+
+
+def test_programs(tmp_path):
+    """Of torch.export, made on a CPU, such as detectors and REPA's encoders: the CPU's outputs."""
+    export(Encoder(tiny_encoder(), 32), tmp_path / "encoder.pt2", 32)
+    export(Tokens(4, 5), tmp_path / "tokens.pt2", 32)
+    for path, size in ((DETECTOR, 64), (tmp_path / "encoder.pt2", 32), (tmp_path / "tokens.pt2", 32)):
+        x = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+        ours, expected = load_program(path, "cuda")(x.to("cuda")), load_program(path, "cpu")(x)
+        for a, b in zip(*map(tree_leaves, (ours, expected)), strict=True):
+            assert a.device.type == "cuda" and (a.cpu() - b).norm() < 1e-4 * b.norm()
 
 
 @pytest.mark.parametrize("mode", [

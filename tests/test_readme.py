@@ -139,9 +139,9 @@ def test_each_table_of_the_papers():
     assert counts == {name.split(":")[0]: len(found) for name, found in rows.items() if ", Table" in name}
 
 
-def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread):
-    """CLUSTER.md's line, by two agents of torchrun on this machine: they train, sample and measure what one
-    process does, and say no more; torch would, on the detector's format."""
+def test_two_machines(capsys, monkeypatch, data, latents, images, tmp_path, one_thread):
+    """CLUSTER.md's line, by two agents of torchrun on this machine: they train and measure what one process
+    does, and say no more; torch would, on the detector's format."""
     cluster = DOCS["tests/CLUSTER.md"]
     (line,) = (line for line in commands("tests/CLUSTER.md") if "--nnodes" in line)
     flags, of_slurm = (re.findall(r"--[\w-]+", re.search(rf"{start} (.*?)train\.py", text, re.S)[1])
@@ -154,9 +154,7 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
     one, two = tmp_path / "one", tmp_path / "two"
     for script, *flags in (
             ("train", *TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
-            ("sample", "--ckpt", "run/checkpoints/0000003.pt", "--num-samples", 6, "--batch-size", 2,
-             "--num-steps", 3, "--cfg-scale", 3, "--out", "a.npz"),
-            ("fid", "a.npz", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
+            ("fid", data / "images.npy", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
              "--batch-size", 2)):
         for folder in (one, two):
             folder.mkdir(exist_ok=True)
@@ -177,8 +175,6 @@ def test_two_machines(capsys, monkeypatch, latents, images, tmp_path, one_thread
     logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx({**b, "images_per_s": a["images_per_s"], "seconds": a["seconds"]}, rel=1e-5)
-    images_of_one, images_of_two = (np.load(folder / "a.npz")["arr_0"].astype(int) for folder in (one, two))
-    assert np.abs(images_of_one - images_of_two).max() <= 1 and images_of_one.std() > 5  # float32's last bits
     metrics, of_two = (json.loads((folder / "fid.json").read_text()) for folder in (one, two))
     assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
 

@@ -40,6 +40,7 @@ from test_readme import commands
 from test_sample import lively
 from test_train import assert_same_run, contents, fit, load, log, refused, same_tensors
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._pytree import tree_leaves
 
 import models
 import sample
@@ -629,12 +630,23 @@ def test_an_exported_encoder_is_the_encoder(capsys, tuning, common, tuned_run, t
 
 
 class Tokens(torch.nn.Module):
+    """Makes a tensor."""
+
     def __init__(self, *shape):
         super().__init__()
         self.shape = shape
 
     def forward(self, images):
         return images.float().mean((1, 2, 3)).view(-1, *[1] * len(self.shape)) + torch.zeros(self.shape)
+
+
+def test_programs_on_another_device(tmp_path):
+    """Than that they were made on, with their weights, constants, and tensors that they make."""
+    export(models.Encoder(tiny_encoder(), 32), tmp_path / "encoder.pt2", 32)
+    export(Tokens(4, 5), tmp_path / "tokens.pt2", 32)
+    for path, size in ((DETECTOR, 64), (tmp_path / "encoder.pt2", 32), (tmp_path / "tokens.pt2", 32)):
+        x = torch.zeros(3, 3, size, size, dtype=torch.uint8, device="meta")
+        assert {out.device.type for out in tree_leaves(models.load_program(path, "meta")(x))} == {"meta"}
 
 
 @pytest.mark.parametrize("shape, says", [
@@ -647,6 +659,7 @@ def test_encoders_that_do_not_fit(capsys, tuning, common, tmp_path, shape, says)
     assert says in refused(capsys, tuning[0], tmp_path / "run", *flags)
 
 
+@pytest.mark.slow
 def test_a_variant_on_two_processes(capsys, unpatched, tuning, common, tmp_path):
     """Gradients pass the norm's statistics over both; its run is named, and kept apart from others."""
     plain = (*common, "--gan-weight", 0, "--lpips-weight", 0, "--batch-size", 8, "--lr", 1e-5,
