@@ -56,7 +56,8 @@ from sample import newest  # noqa: E402
 METRICS = {"denoising": ("denoising loss", 4, -1), "FID": ("Fréchet distance", 2, -1),
            "sFID": ("Fréchet, spatial", 3, -1), "IS": ("IS", 2, 1)}
 VAE, DETECTOR, SIZE = "tests/data/vae", "tests/data/detector.pt2", 64
-SCRIPTS, FLAGS = ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py"), "set of flags"
+SCRIPTS = ("train.py", "models.py", "sample.py", "extract_latents.py", "fid.py")
+FLAGS, DEVICE = "set of flags", "kind of device"
 CAPTION = """
 Denoising loss: the mean of the last 100 training steps; it compares runs on the same latents only.
 The others: {samples} samples without guidance against the images trained on (to copy these would be
@@ -106,7 +107,8 @@ def side_by_side(jobs, steps):
                 while waiting and len(running) < 2:
                     folder, made_of, (command, *commands) = waiting.pop(0)
                     if not (folder / "state.pt").exists():  # files may have changed since the demo began
-                        write_json(folder / "made_of.json", record(made_of[FLAGS], made_of.keys() - {FLAGS}))
+                        now = record(made_of[FLAGS], made_of.keys() - {FLAGS, DEVICE})
+                        write_json(folder / "made_of.json", now)
                     running.append((start(command, folder / "output.txt"), (folder, made_of, commands)))
                 time.sleep(0.5)
                 trained |= {folder: max(read_log(folder), default=0) for _, (folder, *_) in running}
@@ -121,12 +123,15 @@ def side_by_side(jobs, steps):
 
 
 def record(flags, files):
-    """What decides a run, {name: value}: its flags, any dictionary, and the contents of files."""
-    return json.loads(json.dumps({FLAGS: flags, **{str(name): content_id(name) for name in files}}))
+    """What decides a run, {name: value}: its flags, any dictionary, the device, and the contents of files."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # which have other random numbers, and defaults
+    contents = {str(name): content_id(name) for name in files}
+    return json.loads(json.dumps({FLAGS: flags, DEVICE: device, **contents}))
 
 
 def say_what_is_old(records, steps):
-    """Name the runs that other files began than today's. Fails if one had other flags, or is to go on.
+    """Name the runs that other files began than today's. Fails if one had other flags, another device, or is
+    to go on.
 
     records: {folder: its `record` as it is now}.
     """
@@ -138,8 +143,9 @@ def say_what_is_old(records, steps):
             if differ := {name for name in {**now, **then} if now.get(name) != then.get(name)}:
                 old.append(str(folder))
                 changed |= differ
-                if then and FLAGS in differ or steps not in read_log(folder):
-                    fail(f"{folder} was begun with another {min(differ)}; remove it, to begin anew")
+                other = differ & {FLAGS, DEVICE}
+                if then and other or steps not in read_log(folder):
+                    fail(f"{folder} was begun with another {min(other or differ)}; remove it, to begin anew")
     if old:
         print(f"{len(old)} of {len(records)} runs were begun before {', '.join(sorted(changed))} changed. "
               f"Keep them if that cannot matter to them; else, in {ROOT}:\n  rm -r {shlex.join(old)}")

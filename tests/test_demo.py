@@ -196,7 +196,8 @@ def test_what_is_not_mixed_up(bench, images, tmp_path):
 
 
 def test_another_base_and_a_run_that_was_interrupted(bench):
-    """Differences are from --base; a run that other code began does not go on with today's."""
+    """Differences are from --base; a run that other code began does not go on with today's, nor is one of
+    another device taken for one of this."""
     flags = ("--base", "VAE-REPA:", "--variant", "l2: --vae-repa-loss l2")
     status, out, err, trained = bench(*flags)
     assert status == 0 and trained == ["0_vae-repa", "0_vae-repa-loss-l2"], err
@@ -215,8 +216,9 @@ def test_another_base_and_a_run_that_was_interrupted(bench):
     (folder / "log.jsonl").write_text(whole)
     Path("models.py").write_text(models)
     record = (folder / "made_of.json").read_text()
-    (folder / "made_of.json").write_text(record.replace("0.002", "0.003"))
-    assert record.count("0.002") == 1 and "another set of flags" in message(bench(*flags)[2])
+    for old, new, says in (("0.002", "0.003", "set of flags"), ('"cpu"', '"cuda"', "kind of device")):
+        (folder / "made_of.json").write_text(record.replace(old, new))
+        assert record.count(old) == 1 and f"another {says}" in message(bench(*flags)[2])
 
 
 BAD = [  # flags, what is said

@@ -82,7 +82,7 @@ def test_flags_exist(monkeypatch):
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args()
     known["repa_e"] |= {*repa_e.variant_parser()._option_string_actions}
-    every = set().union(*known.values(), {"--early-v-depth", "--qk-norm", "--shm-size"})
+    every = set().union(*known.values(), {"--early-v-depth", "--qk-norm", "--shm-size", "--dependency"})
     shown = 0
     for doc in DOCS:
         _, words = text_of(doc)
