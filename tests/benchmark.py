@@ -201,6 +201,8 @@ class Run:
     """One method, ready for steps of some sizes: what train.py's main holds."""
 
     def __init__(self, method, args, folder, *sizes):
+        x = torch.ones(64, 64, device=args.device, requires_grad=True)
+        (x @ x).sum().backward()  # cuBLAS keeps its workspaces: they would be of the first run's peak alone
         held, started, first = torch.cuda.memory_allocated(), time.perf_counter(), sizes[0]
         self.device, self.step = args.device, 0
         self.args, latents, self.model, self.ema, self.encoder, self.tuned = build(
@@ -290,7 +292,7 @@ def measure_train(args, folder):
 
 
 KINDS = {"compiled element-wise": "^triton_(poi|per|red|mix|spl|for)_|^cpp_fused",
-         "communication": "nccl|all_?reduce", "attention": "flash|fmha|attention|sdpa",
+         "communication": "nccl|all_?reduce", "attention": "flash|fmha|attention|sdpa|dot_do_o|convert_dq",
          "optimizer": "adam", "EMA": "lerp",
          "clipping": "lpnorm|NormTwoOps|BinaryOpScalarTensorFunctor|foreach_(norm|mul)|vector_norm",
          "matrix products": "gem[mv]|nvjet|cutlass|cublas|conv|::mm$|addmm|bmm|matmul|::linear|mkldnn"
@@ -640,11 +642,13 @@ def main():
     args.device, args.deadline = torch.device(args.device), time.monotonic() + LAST_TURN
     args.details = {"made_with": made_with, "seconds": {}}
     torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # as torch has it, but not in float32
-    torch.backends.cuda.enable_flash_sdp(args.attention == "flash")
-    torch.backends.cuda.enable_cudnn_sdp(args.attention == "cudnn")
+    torch._functorch.config.enable_autograd_cache = False  # it would mix up kernels of attention
+    first = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[args.attention]
+    attention = sdpa_kernel([first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
     Path(f"{args.json}.partial").unlink(missing_ok=True)  # an earlier run's
     # the scripts take a GPU where there is one
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: cuda):
+    visible = mock.patch.object(torch.cuda, "is_available", lambda: cuda)
+    with tempfile.TemporaryDirectory() as folder, visible, attention:
         signal.signal(signal.SIGALRM, partial(too_slow, args))
         signal.setitimer(signal.ITIMER_REAL, LAST, 5)
         try:

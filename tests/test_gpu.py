@@ -146,7 +146,7 @@ def test_programs(tmp_path):
 
 @pytest.mark.parametrize("mode", [
     "train --methods plain VAE-REPA --batch-size 8 --steps 2 --micro-batch 4 8", "profile --steps 2",
-    "train --methods VAE-REPA --batch-size 8 --steps 2 --attention cudnn",
+    "train --methods VAE-REPA --batch-size 8 --steps 2 --micro-batch 8 --attention cudnn",
     "memory --methods VAE-REPA REPA-E"])
 def test_benchmark(capsys, mode, tmp_path):
     flags = "--model SiT-Ti/2 --repeats 1".split()
