@@ -125,7 +125,7 @@ def load_vae(name, content=None):
     import diffusers  # slow to import, and not needed for training
     from huggingface_hub import errors, snapshot_download
 
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # errors are raised, too
     folder = Path(name)
     if not folder.exists():
         repo, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]

@@ -468,7 +468,7 @@ def too_long(*_):
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[0]}-{' '.join(case[2])}")
-def test_bad_input(capsys, inputs, monkeypatch, case):
+def test_bad_input(capsys, caplog, inputs, monkeypatch, case):
     command, says, changes, *limit = case
     words, kill = shlex.split(command), command.startswith("killed ")
     words = words[kill:]
@@ -498,6 +498,7 @@ def test_bad_input(capsys, inputs, monkeypatch, case):
         signal.alarm(0)
     assert status == 2, err
     assert (said := message(err)).startswith(f"{script}.py: error: ") and says in said, said
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]  # a library's own words
     after = files()
     assert {path: after.get(path) for path in before if final(path)} == {
         path: content for path, content in before.items() if final(path)}
