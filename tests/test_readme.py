@@ -147,10 +147,7 @@ def test_two_machines(capsys, monkeypatch, data, latents, images, tmp_path, one_
     flags, of_slurm = (re.findall(r"--[\w-]+", re.search(rf"{start} (.*?)train\.py", text, re.S)[1])
                        for start, text in (("torchrun", line), ("srun.*? torchrun", cluster)))
     assert flags == of_slurm and len(flags) == 5
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        line = line.replace("HOST:29500", f"localhost:{free.getsockname()[1]}").replace("_node=8", "_node=1")
-    launch = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line.split(" train.py")[0])[1:]]
+    launch = shlex.split(line.split(" train.py")[0].replace("_node=8", "_node=1"))[1:]
     one, two = tmp_path / "one", tmp_path / "two"
     for script, *flags in (
             ("train", *TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
@@ -158,7 +155,12 @@ def test_two_machines(capsys, monkeypatch, data, latents, images, tmp_path, one_
              "--batch-size", 2)):
         for folder in (one, two):
             folder.mkdir(exist_ok=True)
-        command = [*launch, *map(str, (ROOT / f"{script}.py", *flags))]
+        with socket.socket() as free:  # a port for each, as others may have taken the first meanwhile
+            free.bind(("localhost", 0))
+            host = f"localhost:{free.getsockname()[1]}"
+        launched = [word.replace("HOST:29500", host) for word in launch]
+        script_path = str(ROOT / f"{script}.py")
+        command = [sys.executable, "-m", "torch.distributed.run", *launched, script_path, *map(str, flags)]
         options = {"cwd": two, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         agents = [subprocess.Popen(command, **options, **pipes) for _ in range(2)]
