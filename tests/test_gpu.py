@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DETECTOR, ROOT, TINY, cli, process, tiny_encoder
-from export_encoder import export
+from conftest import ROOT, TINY, cli, process
 from test_alignments import METHODS, flags_of
 from test_fid import inception  # noqa: F401  (a fixture)
-from test_repa_e import Tokens, common, tuning  # noqa: F401
+from test_repa_e import common, programs, tuning  # noqa: F401
 from test_sample import tiny  # noqa: F401
 from test_train import assert_close_run, fit, log
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from extract_latents import init_distributed
-from models import Encoder, load_program
+from models import load_program
 
 pytestmark = pytest.mark.usefixtures("gpu")
 ROUNDED = ("--precision", "bf16", "--compile")
@@ -133,11 +132,9 @@ def test_inception(inception):  # noqa: F811
         assert (ours[name].cpu() - value).norm() < 1e-4 * value.norm(), name
 
 
-def test_programs(tmp_path):
-    """Of torch.export, made on a CPU, such as detectors and REPA's encoders: the CPU's outputs."""
-    export(Encoder(tiny_encoder(), 32), tmp_path / "encoder.pt2", 32)
-    export(Tokens(4, 5), tmp_path / "tokens.pt2", 32)
-    for path, size in ((DETECTOR, 64), (tmp_path / "encoder.pt2", 32), (tmp_path / "tokens.pt2", 32)):
+def test_programs(programs):  # noqa: F811
+    """Of torch.export, such as detectors and REPA's encoders: the CPU's outputs."""
+    for path, size in programs:
         x = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
         ours, expected = load_program(path, "cuda")(x.to("cuda")), load_program(path, "cpu")(x)
         for a, b in zip(*map(tree_leaves, (ours, expected)), strict=True):

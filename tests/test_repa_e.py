@@ -640,11 +640,17 @@ class Tokens(torch.nn.Module):
         return images.float().mean((1, 2, 3)).view(-1, *[1] * len(self.shape)) + torch.zeros(self.shape)
 
 
-def test_programs_on_another_device(tmp_path):
-    """Than that they were made on, with their weights, constants, and tensors that they make."""
+@pytest.fixture
+def programs(tmp_path):
+    """[(file, side of its images)]: a detector and two encoders, made on a CPU."""
     export(models.Encoder(tiny_encoder(), 32), tmp_path / "encoder.pt2", 32)
     export(Tokens(4, 5), tmp_path / "tokens.pt2", 32)
-    for path, size in ((DETECTOR, 64), (tmp_path / "encoder.pt2", 32), (tmp_path / "tokens.pt2", 32)):
+    return [(DETECTOR, 64), (tmp_path / "encoder.pt2", 32), (tmp_path / "tokens.pt2", 32)]
+
+
+def test_programs_on_another_device(programs):
+    """Than that they were made on, with their weights, constants, and tensors that they make."""
+    for path, size in programs:
         x = torch.zeros(3, 3, size, size, dtype=torch.uint8, device="meta")
         assert {out.device.type for out in tree_leaves(models.load_program(path, "meta")(x))} == {"meta"}
 
