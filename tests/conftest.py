@@ -1,6 +1,7 @@
 """Fixtures: images, a VAE of random weights, latents and a checkpoint, all tiny; ways to run the scripts; the
 definition of what a training step draws."""
 
+import functools
 import importlib
 import json
 import os
@@ -21,16 +22,12 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 CUDA, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 import extract_latents  # noqa: E402  (found only now)
+import sample  # noqa: E402
 
 UNSEEN = extract_latents.unseen_gpu()
 
 TINY = ("--model", "SiT-Ti/4", "--batch-size", 4, "--sample-every", 0, "--log-every", 1,
         "--precision", "fp32", "--no-compile")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long campaigns, run only by `pytest tests -m slow -s`")
-    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def pytest_collection_modifyitems(items):
@@ -134,6 +131,17 @@ def under_torchrun(monkeypatch):
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Samplers take 2 steps, whatever they are told, where nobody looks at what they draw."""
+    for name in ("sample_sde", "sample_ode"):
+        monkeypatch.setattr(sample, name, functools.partial(in_two_steps, getattr(sample, name)))
+
+
+def in_two_steps(sampler, *args, num_steps, **options):
+    return sampler(*args, num_steps=2, **options)
 
 
 def tiny_encoder():

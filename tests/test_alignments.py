@@ -4,6 +4,7 @@ plain loop, other latents and VAEs, bad input."""
 import argparse
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
@@ -92,13 +93,15 @@ def test_every_combination_trains_and_resumes_to_the_bit(capsys, monkeypatch, da
 def test_processes_and_micro_batches_change_nothing(capsys, monkeypatch, data, tmp_path):
     """Nor the means in the log; and only one process speaks to W&B."""
     common = (*flags_of(METHODS), *SHARED, "--max-steps", 3)
-    fit(capsys, data, tmp_path / "whole", *common)
-    fit(capsys, data, tmp_path / "micro", *common, "--micro-batch", 1)
     pair = (*common, "--data", data, "--run-dir", tmp_path / "pair", "--micro-batch", 2)
     stand_in = """init = lambda **_: print(end="W&B;")\ndef log(*_, step): print(step, end=";")"""
     (tmp_path / "wandb.py").write_text(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    said = process("train", *TINY, *pair, "--wandb", "sit", processes=2).stdout
+    with ThreadPoolExecutor() as beside:
+        two = beside.submit(process, "train", *TINY, *pair, "--wandb", "sit", processes=2)
+        fit(capsys, data, tmp_path / "whole", *common)
+        fit(capsys, data, tmp_path / "micro", *common, "--micro-batch", 1)
+    said = two.result().stdout
     assert said.count("W&B;") == 1 and "1;2;3;" in said, said
     for name in ("micro", "pair"):
         assert_close_run(tmp_path / "whole", tmp_path / name, 3)

@@ -28,7 +28,7 @@ METRICS = f"6_{content_id(DETECTOR)}.json"
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path, capsys, one_thread):
+def bench(monkeypatch, tmp_path, capsys, one_thread, few_steps):
     """bench(*flags) runs the demo in a copy of this repository, and the commands it starts in this process:
     (status, stdout, stderr, names of the run folders that were trained in)."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("*.png", "__pycache__"))

@@ -17,7 +17,7 @@ from conftest import cli, message
 
 import models
 
-pytestmark = pytest.mark.usefixtures("all_on_one_thread")
+pytestmark = pytest.mark.usefixtures("all_on_one_thread", "few_steps")
 
 
 class Node:

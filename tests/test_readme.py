@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,27 +148,25 @@ def test_two_machines(capsys, monkeypatch, data, latents, images, tmp_path, one_
     assert flags == of_slurm and len(flags) == 5
     launch = shlex.split(line.split(" train.py")[0].replace("_node=8", "_node=1"))[1:]
     one, two = tmp_path / "one", tmp_path / "two"
-    for script, *flags in (
-            ("train", *TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
-            ("fid", data / "images.npy", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
-             "--batch-size", 2)):
-        for folder in (one, two):
-            folder.mkdir(exist_ok=True)
-        with socket.socket() as free:  # a port for each, as others may have taken the first meanwhile
-            free.bind(("localhost", 0))
-            host = f"localhost:{free.getsockname()[1]}"
-        launched = [word.replace("HOST:29500", host) for word in launch]
-        script_path = str(ROOT / f"{script}.py")
-        command = [sys.executable, "-m", "torch.distributed.run", *launched, script_path, *map(str, flags)]
-        options = {"cwd": two, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        agents = [subprocess.Popen(command, **options, **pipes) for _ in range(2)]
+    one.mkdir(), two.mkdir()
+    runs = {"train": (*TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
+            "fid": (data / "images.npy", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
+                    "--batch-size", 2)}
+    pairs, pipes = {}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for i, (script, flags) in enumerate(runs.items()):
+        host = f"localhost:{20000 + (2 * os.getpid() + i) % 10000}"  # below the ports that clients are given
+        command = [sys.executable, "-m", "torch.distributed.run",
+                   *(word.replace("HOST:29500", host) for word in launch), ROOT / f"{script}.py", *flags]
+        pairs[script] = [subprocess.Popen(map(str, command), cwd=two, **pipes,
+                                          env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    monkeypatch.chdir(one)
+    expected = {script: cli(capsys, script, *flags)[:2] for script, flags in runs.items()}
+    for script, agents in pairs.items():
         (out, err), (more_out, more_err) = (agent.communicate(timeout=100) for agent in agents)
         assert [agent.returncode for agent in agents] == [0, 0], err + more_err
-        monkeypatch.chdir(one)
-        status, expected, _ = cli(capsys, script, *flags)
-        said, expected = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, expected))
-        assert status == 0 and said == expected
+        status, of_one = expected[script]
+        said, of_one = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, of_one))
+        assert status == 0 and said == of_one
         # an agent that ends after the one with the store cannot tell it so, which torch reports at length
         late = r"(?s)\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
         shown = re.split("[\r\n]+", re.sub(late, "", err) + re.sub(late, "", more_err))
@@ -248,8 +245,7 @@ def test_a_loss_of_ones_own(latents, repo):
     assert lines[0]["clip"] == pytest.approx(clip[drawn_rows(0, 0, 4, 12)].mean(), rel=1e-5)  # of this batch
 
 
-@pytest.mark.parametrize("flags", [("--vae-repa-depth", 0), ("--vae-repa-depth", 2, "--qk-norm")])
-def test_a_transformer_of_ones_own(latents, repo, flags):
+def test_a_transformer_of_ones_own(latents, repo):
     """README's example, flags for parameters that SiT has already, and tables such as RoPE's: with heads and
     without, what is sampled and drawn is the network that was trained and resumed."""
     shutil.copytree(ROOT / "tests", repo / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.pt2"))
@@ -287,13 +283,19 @@ def main():
         other.load_state_dict(model.state_dict())
         assert not torch.allclose(model(x, t, y), other(x, t, y), atol=1e-4)
 """)
-    train = ("train", *TINY, "--data", latents, "--run-dir", "run", "--lr", 0.1, "--ema-decay", 0.1, *flags,
-             "--mlp-ratio", 2, "--num-heads", 2, "--max-steps")
-    ckpt = repo / "run" / "checkpoints" / "0000004.pt"
-    run_all(repo, (*train, 2), (*train, 4), ("check", ckpt),
-            ("sample", "--ckpt", ckpt, "--num-steps", 2, "--per-class", 1),
-            ("figures", "features", "--ckpt", ckpt, "--data", latents, "--layers", 1, "--out", "out"))
-    assert (repo / "out" / "features.png").exists() and list(ckpt.parent.glob("0000004_*.png"))
+    shared = ("train", *TINY, "--data", latents, "--lr", 0.1, "--ema-decay", 0.1, "--mlp-ratio", 2,
+              "--num-heads", 2)
+    commands, ckpts = [], []
+    for name, *flags in (("plain", "--vae-repa-depth", 0), ("norm", "--vae-repa-depth", 2, "--qk-norm")):
+        train = (*shared, *flags, "--run-dir", name, "--max-steps")
+        ckpt = repo / name / "checkpoints" / "0000004.pt"
+        commands += [(*train, 2), (*train, 4), ("check", ckpt),
+                     ("sample", "--ckpt", ckpt, "--num-steps", 2, "--per-class", 1),
+                     ("figures", "features", "--ckpt", ckpt, "--data", latents, "--layers", 1, "--out", name)]
+        ckpts.append(ckpt)
+    run_all(repo, *commands)
+    for ckpt in ckpts:
+        assert (ckpt.parent.parent / "features.png").exists() and list(ckpt.parent.glob("0000004_*.png"))
 
 
 def test_the_top_level_holds_what_was_promised():

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import demo
@@ -458,10 +459,12 @@ def test_processes_and_micro_batches(capsys, tuning, common, tmp_path):
     that a larger --lr would drive the runs apart.
     """
     flags = (*common, "--gan-weight", 1e-9, "--batch-size", 8, "--max-steps", 3, "--lr", 1e-5)
-    fit(capsys, tuning[0], tmp_path / "whole", *flags)
-    fit(capsys, tuning[0], tmp_path / "micro", *flags, "--micro-batch", 2)
     pair = ("--data", tuning[0], "--run-dir", tmp_path / "pair", "--micro-batch", 2)
-    process("train", *TINY, *flags, *pair, processes=2)
+    with ThreadPoolExecutor() as beside:
+        two = beside.submit(process, "train", *TINY, *flags, *pair, processes=2)
+        fit(capsys, tuning[0], tmp_path / "whole", *flags)
+        fit(capsys, tuning[0], tmp_path / "micro", *flags, "--micro-batch", 2)
+    two.result()
     own, (whole, *others) = ("gan", "discriminator", "gan_grad_norm"), (
         (log(tmp_path / name), load(tmp_path / name / "state.pt")) for name in ("whole", "micro", "pair"))
     for lines, state in others:

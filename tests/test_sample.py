@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -220,16 +221,19 @@ def test_npz(run, tiny, tmp_path):
     """arr_0 is uint8 NHWC; row i is image i of the seed, of a class that depends on (seed, i), however many
     rows, processes and images per batch there are; or every class equally often. bf16 differs a little."""
     flags = ("--num-samples", 10, "--num-steps", 4, "--batch-size", 3, "--out", tmp_path / "two.npz")
-    process("sample", "--ckpt", tiny, *flags, processes=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.npz", "two.npz.json"]
+    with ThreadPoolExecutor() as beside:
+        two = beside.submit(process, "sample", "--ckpt", tiny, *flags, processes=2)
+        other = run("--num-samples", 4, "--seed", 1, out="seed.npz")
+        even = run("--num-samples", NULL + 2, "--class-balanced", "--batch-size", 5, out="even.npz")
+        rounded = run("--num-samples", 4, "--precision", "bf16", out="bf16.npz")
+    assert two.result().returncode == 0
+    written = {f"{name}.npz{more}" for name in ("two", "seed", "even", "bf16") for more in ("", ".json")}
+    assert {path.name for path in tmp_path.iterdir()} == written
     images = read(tmp_path / "two.npz")
     assert images.dtype == np.uint8 and close(images, drawn(tiny, random_labels(10)))
-    other = run("--num-samples", 4, "--seed", 1, out="seed.npz")
     assert close(other, drawn(tiny, random_labels(4, seed=1), seed=1))
     assert (np.abs(other.astype(int)[:, None] - images).mean(axis=(2, 3, 4)) > 3).all()  # none is any other
-    even = run("--num-samples", NULL + 2, "--class-balanced", "--batch-size", 5, out="even.npz")
     assert close(even, drawn(tiny, [*range(NULL), 0, 1]))
-    rounded = run("--num-samples", 4, "--precision", "bf16", out="bf16.npz")
     assert 0 < np.abs(rounded.astype(int) - images[:4]).mean() < 3  # grey levels
 
 
