@@ -17,7 +17,9 @@ import repa_e
 import torch.distributed.run
 from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows
 from PIL import Image
+from test_alignments import METHODS, flags_of
 from test_fid import METRICS
+from test_train import SHARED, assert_close_run
 
 import extract_latents
 
@@ -138,42 +140,45 @@ def test_each_table_of_the_papers():
     assert counts == {name.split(":")[0]: len(found) for name, found in rows.items() if ", Table" in name}
 
 
-def test_two_machines(capsys, monkeypatch, data, latents, images, tmp_path, one_thread):
-    """CLUSTER.md's line, by two agents of torchrun on this machine: they train and measure what one process
-    does, and say no more; torch would, on the detector's format."""
+def test_two_machines(capsys, monkeypatch, data, images, tmp_path, one_thread):
+    """CLUSTER.md's line, by two agents of torchrun on this machine: they train, with all losses, and measure
+    what one process does, and say no more; torch would, on the detector's format. One speaks to W&B."""
     cluster = DOCS["tests/CLUSTER.md"]
     (line,) = (line for line in commands("tests/CLUSTER.md") if "--nnodes" in line)
     flags, of_slurm = (re.findall(r"--[\w-]+", re.search(rf"{start} (.*?)train\.py", text, re.S)[1])
                        for start, text in (("torchrun", line), ("srun.*? torchrun", cluster)))
     assert flags == of_slurm and len(flags) == 5
     launch = shlex.split(line.split(" train.py")[0].replace("_node=8", "_node=1"))[1:]
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
-    runs = {"train": (*TINY, "--data", latents, "--run-dir", "run", "--max-steps", 3, "--lr", 1e-3),
+    (tmp_path / "wandb.py").write_text(
+        "def init(**_): print(end='W&B;')\ndef log(*_, step): print(step, end=';')\n")
+    for folder in (one := tmp_path / "one", two := tmp_path / "two"):
+        folder.mkdir()
+    runs = {"train": (*TINY, *flags_of(METHODS), *SHARED, "--data", data, "--run-dir", "run",
+                      "--max-steps", 3, "--micro-batch", 2, "--wandb", "sit"),
             "fid": (data / "images.npy", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
                     "--batch-size", 2)}
-    pairs, pipes = {}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     for i, (script, flags) in enumerate(runs.items()):
         host = f"localhost:{20000 + (2 * os.getpid() + i) % 10000}"  # below the ports that clients are given
         command = [sys.executable, "-m", "torch.distributed.run",
                    *(word.replace("HOST:29500", host) for word in launch), ROOT / f"{script}.py", *flags]
-        pairs[script] = [subprocess.Popen(map(str, command), cwd=two, **pipes,
-                                          env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+        agents[script] = [
+            subprocess.Popen(map(str, command), cwd=two, env=environment, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE) for _ in range(2)]
     monkeypatch.chdir(one)
-    expected = {script: cli(capsys, script, *flags)[:2] for script, flags in runs.items()}
-    for script, agents in pairs.items():
-        (out, err), (more_out, more_err) = (agent.communicate(timeout=100) for agent in agents)
-        assert [agent.returncode for agent in agents] == [0, 0], err + more_err
-        status, of_one = expected[script]
+    monkeypatch.syspath_prepend(tmp_path)
+    for script, flags in runs.items():
+        status, of_one, _ = cli(capsys, script, *flags)
+        (out, err), (more_out, more_err) = (agent.communicate(timeout=100) for agent in agents[script])
+        assert [status, *(agent.returncode for agent in agents[script])] == [0, 0, 0], err + more_err
         said, of_one = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, of_one))
-        assert status == 0 and said == of_one
+        assert said == of_one and ("1;2;3;" in said) == (script == "train"), said
         # an agent that ends after the one with the store cannot tell it so, which torch reports at length
         late = r"(?s)\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
         shown = re.split("[\r\n]+", re.sub(late, "", err) + re.sub(late, "", more_err))
         assert [line for line in shown if line.strip() and "%|" not in line] == []
-    logs = [[json.loads(step) for step in (folder / "run/log.jsonl").open()] for folder in (one, two)]
-    for a, b in zip(*logs, strict=True):
-        assert a == pytest.approx({**b, "images_per_s": a["images_per_s"], "seconds": a["seconds"]}, rel=1e-5)
+    del sys.modules["wandb"]
+    assert_close_run(one / "run", two / "run", 3)
     metrics, of_two = (json.loads((folder / "fid.json").read_text()) for folder in (one, two))
     assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
 

@@ -293,7 +293,7 @@ def test_grids_are_drawn_by_the_ema(capsys, latents, vae, tmp_path, dropout):
     assert (status, "--label-dropout 0" in stderr) == ((0, False) if dropout else (2, True)), stderr
 
 
-def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path):
+def test_weights_and_biases(capsys, monkeypatch, latents, tmp_path, few_steps):
     """Off by default; else it gets log.jsonl's numbers and the grids, in one W&B run for a run's resumes."""
     calls = []
     module = SimpleNamespace(init=lambda **options: calls.append(options),
