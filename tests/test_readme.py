@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,25 +158,25 @@ def test_two_machines(capsys, monkeypatch, data, images, tmp_path, one_thread):
                       "--max-steps", 3, "--micro-batch", 2, "--wandb", "sit"),
             "fid": (data / "images.npy", "--ref", images, "--detector", DETECTOR, "--json", "fid.json",
                     "--batch-size", 2)}
-    agents, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    options = {"cwd": two, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    monkeypatch.chdir(one)
+    monkeypatch.syspath_prepend(tmp_path)
     for i, (script, flags) in enumerate(runs.items()):
         host = f"localhost:{20000 + (2 * os.getpid() + i) % 10000}"  # below the ports that clients are given
         command = [sys.executable, "-m", "torch.distributed.run",
                    *(word.replace("HOST:29500", host) for word in launch), ROOT / f"{script}.py", *flags]
-        agents[script] = [
-            subprocess.Popen(map(str, command), cwd=two, env=environment, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE) for _ in range(2)]
-    monkeypatch.chdir(one)
-    monkeypatch.syspath_prepend(tmp_path)
-    for script, flags in runs.items():
-        status, of_one, _ = cli(capsys, script, *flags)
-        (out, err), (more_out, more_err) = (agent.communicate(timeout=100) for agent in agents[script])
-        assert [status, *(agent.returncode for agent in agents[script])] == [0, 0, 0], err + more_err
-        said, of_one = (re.sub(r"\d x cpu|\d\.\d{4}", "", text) for text in (out + more_out, of_one))
+        with ThreadPoolExecutor() as beside:
+            agents = [beside.submit(subprocess.run, [*map(str, command)], **options) for _ in range(2)]
+            status, of_one, _ = cli(capsys, script, *flags)
+        ended = [agent.exception() or agent.result() for agent in agents]  # if one hangs the other tells why
+        assert [status, *(getattr(each, "returncode", None) for each in ended)] == [0, 0, 0], ended
+        said, of_one = (re.sub(r"\d x cpu|\d\.\d{4}", "", text)
+                        for text in ("".join(each.stdout for each in ended), of_one))
         assert said == of_one and ("1;2;3;" in said) == (script == "train"), said
         # an agent that ends after the one with the store cannot tell it so, which torch reports at length
         late = r"(?s)\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
-        shown = re.split("[\r\n]+", re.sub(late, "", err) + re.sub(late, "", more_err))
+        shown = re.split("[\r\n]+", "\n".join(re.sub(late, "", each.stderr) for each in ended))
         assert [line for line in shown if line.strip() and "%|" not in line] == []
     del sys.modules["wandb"]
     assert_close_run(one / "run", two / "run", 3)
