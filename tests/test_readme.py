@@ -20,7 +20,7 @@ from conftest import DETECTOR, ROOT, TINY, cli, drawn_rows
 from PIL import Image
 from test_alignments import METHODS, flags_of
 from test_fid import METRICS
-from test_train import SHARED, assert_close_run
+from test_train import SHARED, assert_close_run, log
 
 import extract_latents
 
@@ -173,13 +173,16 @@ def test_two_machines(capsys, monkeypatch, data, images, tmp_path, one_thread):
         assert [status, *(getattr(each, "returncode", None) for each in ended)] == [0, 0, 0], ended
         said, of_one = (re.sub(r"\d x cpu|\d\.\d{4}", "", text)
                         for text in ("".join(each.stdout for each in ended), of_one))
-        assert said == of_one and ("1;2;3;" in said) == (script == "train"), said
+        assert said == of_one
+        assert said.count("W&B;") == said.count("1;2;3;") == (script == "train"), said
         # an agent that ends after the one with the store cannot tell it so, which torch reports at length
         late = r"(?s)\[W[^\n]*TCPStore(?:(?!error:).)*RendezvousConnectionError\.\n"
         shown = re.split("[\r\n]+", "\n".join(re.sub(late, "", each.stderr) for each in ended))
         assert [line for line in shown if line.strip() and "%|" not in line] == []
     del sys.modules["wandb"]
     assert_close_run(one / "run", two / "run", 3)
+    for a, b in zip(*(log(folder / "run") for folder in (one, two)), strict=True):
+        assert a == pytest.approx({**b, "images_per_s": a["images_per_s"], "seconds": a["seconds"]}, rel=1e-5)
     metrics, of_two = (json.loads((folder / "fid.json").read_text()) for folder in (one, two))
     assert [metrics[name] for name in METRICS] == pytest.approx([of_two[name] for name in METRICS], rel=1e-4)
 
